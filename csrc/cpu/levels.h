@@ -1,0 +1,30 @@
+// Which SIMD level runs. Every *_kernels.cpp is compiled once per level, in its own namespace;
+// FASTOPT_DISPATCH picks the one of this machine.
+#pragma once
+
+#if defined(__x86_64__)
+#define FASTOPT_FOR_EACH_LEVEL(DO) DO(baseline) DO(avx2) DO(avx512)
+#else
+#define FASTOPT_FOR_EACH_LEVEL(DO) DO(baseline)
+#endif
+
+namespace fastopt {
+
+enum class Level { baseline, avx2, avx512 };
+
+// The best level of this CPU, capped by FASTOPT_SIMD=avx512|avx2|baseline. Read once.
+Level active_level();
+
+// FASTOPT_DISPATCH(run, params): fastopt::<level>::run(params) for the active level.
+#if defined(__x86_64__)
+#define FASTOPT_DISPATCH(function, ...)                  \
+  (::fastopt::active_level() == ::fastopt::Level::avx512 \
+       ? ::fastopt::avx512::function(__VA_ARGS__)        \
+   : ::fastopt::active_level() == ::fastopt::Level::avx2 \
+       ? ::fastopt::avx2::function(__VA_ARGS__)          \
+       : ::fastopt::baseline::function(__VA_ARGS__))
+#else
+#define FASTOPT_DISPATCH(function, ...) ::fastopt::baseline::function(__VA_ARGS__)
+#endif
+
+}  // namespace fastopt

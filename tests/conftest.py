@@ -1,0 +1,52 @@
+"""Settings of the whole suite: markers, seeds, and which tests run in which mode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Read when torch loads its thread pool. Idle threads that spin instead of sleeping make thousands
+# of tiny calls several times slower wherever other programs want the cores too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis
+import pytest
+import torch
+
+import fastopt.ops
+
+# Bounded and repeatable: the same examples in every run, and no limit on the time of one, because
+# the first call of a kernel may wait for torch's thread pool to start.
+hypothesis.settings.register_profile(
+    "fastopt",
+    deadline=None,
+    derandomize=True,
+    max_examples=150,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("fastopt")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line(
+        "markers",
+        "crossover: which side serves a call by its size; runs only without FASTOPT_ALWAYS=1",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under FASTOPT_ALWAYS=1 there is no crossover, so its tests belong to the other run."""
+    if fastopt.ops.ALWAYS:
+        crossover = [item for item in items if item.get_closest_marker("crossover")]
+        config.hook.pytest_deselected(items=crossover)
+        items[:] = [item for item in items if item not in crossover]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    """Every test starts from the same random state and leaves torch's settings as they were."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
