@@ -1,0 +1,78 @@
+// The seam between torch and the CPU cross-entropy kernels: a plain struct, no torch type.
+#pragma once
+
+#include <cstdint>
+
+#include "levels.h"
+
+namespace fastopt {
+
+enum class Element : int32_t { float32, float64, bfloat16, float16 };
+
+// Element strides of a tensor seen as (batch, class, position): (N, C) has one position a batch
+// entry, (N, C, d1, ...) has d1 * ... of them.
+struct Strides {
+  int64_t batch, cls, position;
+};
+
+struct CrossEntropyParams {
+  int64_t batch, classes, positions;  // rows = batch * positions; row r = (r / positions, r % ...)
+  Element logits_type;
+  Element target_type;  // of probabilities
+
+  const void* logits;
+  Strides logits_strides;
+  const int64_t* labels;      // one class index per row, or null
+  const void* probabilities;  // or null
+  Strides target_strides;     // of probabilities
+  int64_t ignore_index;
+  // q of the formula, with e = label_smoothing and C = classes.
+  double keep;                   // 1 - e
+  double uniform;                // e / C
+  double smoothing_mass;         // sum_c (e / C) w_c
+  const void* true_masses;       // (classes), (1 - e) w_c in the accumulation type; null: no weight
+  const void* smoothing_masses;  // (classes), (e / C) w_c
+
+  // Forward results, one per row in the accumulation type; null: not wanted. The recomputing
+  // backward reads row_max and row_sum instead of writing them.
+  void* row_loss;
+  void* row_max;
+  void* row_sum;
+  double* partial_loss;  // one per task: the sum of its rows' losses, in float64
+
+  // Backward: d loss / d logits, or d loss / d target when target_gradient. Null: not wanted.
+  void* grad;
+  Strides grad_strides;
+  bool target_gradient;
+  bool recompute;            // row_max and row_sum are given: no forward sweep
+  double upstream;           // scalar upstream gradient times the reduction's factor
+  const void* row_upstream;  // per row instead, accumulation type, or null
+
+  // How rows are cut into tasks (`plan` in cross_entropy.cpp).
+  int64_t rows_per_task;            // rows
+  bool caches_exps;                 // rows: the scratch has room for a row's exponentials
+  int64_t segments;                 // segments: every row is cut into this many parts
+  void* segment_stats;              // segments: one RowStats per task
+  int64_t tile_classes, tile_rows;  // tiles: classes and rows of a block
+};
+
+struct LabelCount {
+  int64_t valid;         // labels that are not ignored
+  int64_t out_of_range;  // of these, the ones outside [0, classes)
+};
+
+// The kernels of one SIMD level. [begin, end) are tasks; scratch is private to the caller.
+#define FASTOPT_DECLARE_CROSS_ENTROPY(level)                                                      \
+  namespace level {                                                                               \
+  LabelCount cross_entropy_count_labels(const int64_t* labels, int64_t count, int64_t classes,    \
+                                        int64_t ignore_index);                                    \
+  void cross_entropy_rows(const CrossEntropyParams&, int64_t begin, int64_t end, void* scratch);  \
+  void cross_entropy_tiles(const CrossEntropyParams&, int64_t begin, int64_t end, void* scratch); \
+  void cross_entropy_segment_stats(const CrossEntropyParams&, int64_t begin, int64_t end);        \
+  void cross_entropy_merge_segments(const CrossEntropyParams&);                                   \
+  void cross_entropy_segment_gradients(const CrossEntropyParams&, int64_t begin, int64_t end);    \
+  }
+FASTOPT_FOR_EACH_LEVEL(FASTOPT_DECLARE_CROSS_ENTROPY)
+#undef FASTOPT_DECLARE_CROSS_ENTROPY
+
+}  // namespace fastopt

@@ -1,0 +1,96 @@
+// The arithmetic of softmax cross-entropy, written once: plain inline functions for host and
+// device. With q the target mass of a row, a = sum_c q_c, m = max_c x_c and p = softmax(x),
+//
+//     loss        = a log(sum_c exp(x_c - m)) - sum_c q_c (x_c - m)
+//     d loss/dx_c = a p_c - q_c
+//
+// covers every variant (index y, weight w, smoothing e, C classes; probabilities t):
+//
+//     class index     q_c = (1 - e) w_y [c = y] + (e / C) w_c
+//     probabilities   q_c = w_c ((1 - e) t_c + e / C)
+//
+// m and the logarithm stay apart: a log-sum-exp that holds m loses the digits of the loss under a
+// large common offset of the logits.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTOPT_RULE __host__ __device__ __forceinline__
+#else
+#define FASTOPT_RULE static inline __attribute__((always_inline))
+#endif
+
+namespace fastopt {
+
+FASTOPT_RULE float scalar_exp(float x) { return __builtin_expf(x); }
+FASTOPT_RULE double scalar_exp(double x) { return __builtin_exp(x); }
+FASTOPT_RULE float scalar_log(float x) { return __builtin_logf(x); }
+FASTOPT_RULE double scalar_log(double x) { return __builtin_log(x); }
+
+// What one sweep over (a part of) a row leaves. `sum` and `dot` are relative to stats_base(max).
+template <class A>
+struct RowStats {
+  A max;   // max_c x_c
+  A sum;   // sum_c exp(x_c - base)
+  A dot;   // sum_c q_c (x_c - base)
+  A mass;  // sum_c q_c
+};
+
+template <class A>
+FASTOPT_RULE RowStats<A> empty_stats() {
+  return {-static_cast<A>(__builtin_inff()), 0, 0, 0};
+}
+
+// exp(x - max) would be NaN in a part of a row that holds nothing but -inf.
+template <class A>
+FASTOPT_RULE A stats_base(A max) {
+  return max == -static_cast<A>(__builtin_inff()) ? A(0) : max;
+}
+
+// The same statistics, relative to a maximum that is at least as large.
+template <class A>
+FASTOPT_RULE RowStats<A> rebase(RowStats<A> stats, A max) {
+  if (stats.max == max) return stats;
+  const A shift = stats_base(stats.max) - stats_base(max);
+  // Nothing summed up, no mass: 0 * inf must not become NaN.
+  if (stats.sum != A(0)) stats.sum *= scalar_exp(shift);
+  if (stats.mass != A(0)) stats.dot += stats.mass * shift;
+  stats.max = max;
+  return stats;
+}
+
+template <class A>
+FASTOPT_RULE RowStats<A> merge(RowStats<A> a, RowStats<A> b) {
+  const A max = b.max > a.max ? b.max : a.max;
+  a = rebase(a, max);
+  b = rebase(b, max);
+  return {max, a.sum + b.sum, a.dot + b.dot, a.mass + b.mass};
+}
+
+// A whole row of -inf has no softmax: NaN, as in torch.
+template <class A>
+FASTOPT_RULE RowStats<A> finish(RowStats<A> row) {
+  if (row.max == -static_cast<A>(__builtin_inff())) row.sum = static_cast<A>(__builtin_nanf(""));
+  return row;
+}
+
+// Adds the true class's own mass q_y = (1 - e) w_y to a class-index row.
+template <class A>
+FASTOPT_RULE RowStats<A> add_true_class(RowStats<A> row, A true_logit, A true_mass) {
+  row.dot += true_mass * (true_logit - row.max);
+  row.mass += true_mass;
+  return row;
+}
+
+template <class A>
+FASTOPT_RULE A row_loss(RowStats<A> row) {
+  return row.mass * scalar_log(row.sum) - row.dot;
+}
+
+// The gradient is up (softmax_factor exp(x_c - max) - q_c), with up the upstream gradient times
+// the reduction's factor.
+template <class A>
+FASTOPT_RULE A softmax_factor(RowStats<A> row) {
+  return row.mass / row.sum;
+}
+
+}  // namespace fastopt

@@ -1,0 +1,152 @@
+"""Every op in plain torch: the definition.
+
+Serves devices without kernels, and everything under FASTOPT_BACKEND=reference. The formulas are
+those of csrc/rules/softmax.h, with q the target mass, a = sum_c q_c, m = max_c x_c:
+
+    loss = a log(sum_c exp(x_c - m)) - sum_c q_c (x_c - m)      dloss/dx_c = a softmax(x)_c - q_c
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Problem(NamedTuple):
+    x: Tensor  # logits in the accumulation type
+    q: Tensor  # target mass, shaped like logits
+    weight: Tensor  # class weights, broadcast against logits
+    counted: Tensor  # bool, broadcast against logits: this class takes part in sum_c q_c (x_c - m)
+    live: Tensor  # bool, broadcast against logits: the row is not ignored
+    total_weight: Tensor  # 0-dim: what the mean divides by
+    dim: int  # of the classes
+
+
+def _problem(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> _Problem:
+    dim = min(logits.dim() - 1, 1)
+    classes = logits.shape[dim]
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    smoothing = max(label_smoothing, 0.0)
+    uniform = smoothing / max(classes, 1)
+    w = x.new_ones(classes) if weight is None else weight
+    w = w.reshape([-1 if i == dim else 1 for i in range(x.dim())])
+    everything = torch.ones((), dtype=torch.bool, device=x.device)
+    if target.is_floating_point():
+        q = w * ((1 - smoothing) * target.to(x.dtype) + uniform)
+        rows = x.new_full((), x.numel() / max(classes, 1))
+        return _Problem(x, q, w, everything, everything, rows, dim)
+    if x.device.type == "cpu":  # elsewhere scatter_ would assert; no values are read on the host
+        wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+        if wrong.numel():
+            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+    label = target.unsqueeze(dim)
+    live = label != ignore_index
+    one_hot = torch.zeros_like(x).scatter_(dim, torch.where(live, label, 0), 1.0) * live
+    q = w * ((1 - smoothing) * one_hot + uniform)
+    counted = live if smoothing > 0 else one_hot > 0
+    return _Problem(x, q, w, counted, live, (w * one_hot).sum(), dim)
+
+
+def cross_entropy_forward(
+    logits: Tensor,  # (C), (N, C) or (N, C, d1, ...)
+    target: Tensor,  # int64 (N, d1, ...), or floating point like logits
+    weight: Tensor | None,  # (C)
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = _problem(logits, target, weight, ignore_index, label_smoothing)
+    row_max = p.x.amax(p.dim, keepdim=True)
+    shifted = p.x - row_max
+    row_sum = shifted.exp().sum(p.dim, keepdim=True)
+    dot = torch.where(p.counted, p.q * shifted, 0).sum(p.dim, keepdim=True)
+    loss = p.q.sum(p.dim, keepdim=True) * row_sum.log() - dot
+    loss = torch.where(p.live, loss, 0).squeeze(p.dim)
+    if reduction != 0:
+        loss = loss.sum(dtype=torch.float64)
+    if reduction == 1:
+        nothing = (p.total_weight == 0) & (label_smoothing > 0)
+        loss = torch.where(nothing, torch.nan, loss / p.total_weight)
+    return loss.to(loss_dtype), row_max.squeeze(p.dim), row_sum.squeeze(p.dim), p.total_weight
+
+
+def cross_entropy_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    row_max: Tensor,
+    row_sum: Tensor,
+    total_weight: Tensor,
+) -> Tensor:
+    p = _problem(logits, target, weight, ignore_index, label_smoothing)
+    softmax = (p.x - row_max.unsqueeze(p.dim)).exp() / row_sum.unsqueeze(p.dim)
+    grad = p.q.sum(p.dim, keepdim=True) * softmax - p.q
+    grad = _upstream(grad_loss, reduction, total_weight, p) * grad
+    return empty_gradient(logits).copy_(torch.where(p.live, grad, 0))
+
+
+def cross_entropy_backward_target(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    row_max: Tensor,
+    row_sum: Tensor,
+    total_weight: Tensor,
+) -> Tensor:
+    p = _problem(logits, target, weight, ignore_index, label_smoothing)
+    log_softmax = (p.x - row_max.unsqueeze(p.dim)) - row_sum.log().unsqueeze(p.dim)
+    scale = _upstream(grad_loss, reduction, total_weight, p) * (1 - max(label_smoothing, 0.0))
+    return empty_gradient(target).copy_(-scale * p.weight * log_softmax)
+
+
+def cross_entropy_forward_backward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    options = (weight, ignore_index, label_smoothing, reduction)
+    loss, *kept = cross_entropy_forward(logits, target, *options, loss_dtype)
+    return loss, cross_entropy_backward(loss.new_ones(()), logits, target, *options, *kept)
+
+
+def _upstream(grad_loss: Tensor, reduction: int, total_weight: Tensor, p: _Problem) -> Tensor:
+    grad_loss = grad_loss.to(p.x.dtype)
+    if reduction == 0:
+        return grad_loss.unsqueeze(p.dim)
+    return grad_loss / total_weight if reduction == 1 else grad_loss
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    """Uninitialised; in the layout of `like` where that is dense and the dimensions behind the
+    classes step through memory as one, else contiguous.
+    """
+    grad = torch.empty_like(like)
+    if grad.stride() == like.stride() and _positions_are_even(like):
+        return grad
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _positions_are_even(x: Tensor) -> bool:
+    positions = [(s, step) for s, step in zip(x.shape, x.stride(), strict=True)][2:]
+    positions = [(size, step) for size, step in positions if size != 1]
+    return all(outer == size * step for (_, outer), (size, step) in pairwise(positions))

@@ -1,0 +1,604 @@
+"""cross_entropy: values and gradients against torch in float64, over shapes, layouts and options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cross_entropy_cases as cases
+import fastopt
+from accuracy import assert_as_accurate
+from cross_entropy_cases import (
+    DTYPES,
+    EVERYTHING,
+    LAYOUTS_2D,
+    LAYOUTS_ND,
+    NAMED_SHAPES,
+    OPTIONS,
+    REDUCTIONS,
+    Options,
+    check,
+    check_options,
+    dtype_name,
+    make_logits,
+    make_probabilities,
+    make_target,
+    make_weight,
+    random_upstream,
+)
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+# -- shapes -----------------------------------------------------------------------------------------
+
+# Around every vector length and unrolled block, then vocabularies; row counts that no tile divides.
+CLASS_COUNTS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
+CLASS_COUNTS += [507, 1000, 1025, 2049, 32000, 50257]
+ROW_COUNTS = [1, 3, 77, 257]
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", CLASS_COUNTS)
+def test_rows_of_contiguous_classes(classes: int, dtype: torch.dtype) -> None:
+    for rows in ROW_COUNTS:
+        if rows * classes <= 100_000 or rows == 1:
+            logits = make_logits((rows, classes), dtype, seed=rows)
+            check_options(logits, OPTIONS["plain"])
+            check_options(logits, EVERYTHING, reduction="none", upstream=random_upstream)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", NAMED_SHAPES.values(), ids=NAMED_SHAPES)
+def test_named_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = make_logits(shape, dtype)
+    for reduction in ("mean", "none"):
+        check_options(logits, EVERYTHING, reduction=reduction, upstream=random_upstream)
+    check_options(logits, OPTIONS["plain"])
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 128256), (8, 128256)], ids=dtype_name)
+def test_few_rows_of_many_classes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = make_logits(shape, dtype)
+    check_options(logits, OPTIONS["plain"])
+    check_options(logits, OPTIONS["smoothing-weight"], reduction="none", upstream=random_upstream)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(260, 32768), (4, 64, 64, 513)], ids=dtype_name)
+def test_gradients_of_more_than_32_megabytes(shape: tuple[int, ...]) -> None:
+    """They come from pages of another size."""
+    check_options(make_logits(shape), EVERYTHING, upstream=random_upstream)
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [1, 2, 3, 5, 7, 10, 16, 17, 31, 33])
+def test_many_rows_of_few_classes(classes: int, dtype: torch.dtype) -> None:
+    logits = make_logits((8203, classes), dtype)
+    check_options(logits, OPTIONS["plain"])
+    check_options(logits, EVERYTHING, reduction="sum", upstream=random_upstream)
+
+
+@each_dtype
+@pytest.mark.parametrize("positions", [1, 2, 7, 8, 15, 16, 17, 31, 33, 64, 65, 257])
+def test_strided_classes(positions: int, dtype: torch.dtype) -> None:
+    for classes in (1, 2, 3, 21, 150):
+        logits = make_logits((2, classes, positions), dtype)
+        check_options(logits, OPTIONS["plain"])
+        check_options(logits, EVERYTHING, reduction="none", upstream=random_upstream)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "shape", [(2, 21, 129, 127), (1, 1000, 67, 3), (3, 7, 5, 3, 2, 2)], ids=dtype_name
+)
+def test_images(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_options(make_logits(shape, dtype), EVERYTHING, upstream=random_upstream)
+
+
+@each_dtype
+@each_reduction
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (2, 5, 0), (2, 5, 0, 3), (0, 5, 2), (0, 1), (0, 1000)], ids=dtype_name
+)
+def test_empty_batches(shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> None:
+    logits = make_logits(shape, dtype)
+    for options in (OPTIONS["plain"], OPTIONS["smoothing-weight"], OPTIONS["ignored-weight"]):
+        check_options(logits, options, reduction=reduction)
+    check(logits, make_probabilities(logits), reduction=reduction, wanted=("logits", "target"))
+
+
+@each_reduction
+def test_no_classes(reduction: str) -> None:
+    logits = torch.empty(3, 0)
+    check(logits, torch.full((3,), -100), reduction=reduction)
+    check(logits, torch.empty(3, 0), reduction=reduction)
+
+
+# -- layouts ----------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS_2D, ids=lambda layout: layout.__name__)
+def test_layouts_of_rows(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    for shape in [(37, 19), (3, 1000), (129, 5), (2, 17), (5, 1), (1, 33)]:
+        logits = layout(make_logits(shape, dtype))
+        check_options(logits, OPTIONS["plain"])
+        check_options(logits, EVERYTHING, reduction="none", upstream=random_upstream)
+        target = make_probabilities(logits)
+        if layout is not cases.expanded_classes:  # equal masses: nothing would be left but rounding
+            target = layout(target)
+        check(logits, target, wanted=("logits", "target"))
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
+def test_layouts_of_images(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    for shape in [(3, 21, 9), (2, 5, 7, 11), (2, 33, 1, 5), (2, 150, 6, 1), (2, 3, 2, 3, 5)]:
+        logits = layout(make_logits(shape, dtype))
+        check_options(logits, OPTIONS["plain"])
+        check_options(logits, EVERYTHING, reduction="none", upstream=random_upstream)
+        target = make_probabilities(logits)
+        if layout is not cases.expanded_classes:  # equal masses: nothing would be left but rounding
+            target = layout(target)
+        check(logits, target, wanted=("logits", "target"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
+def test_a_leaf_gets_the_gradient_layout_of_torch(layout: Callable[[Tensor], Tensor]) -> None:
+    """(Between two operations torch makes it contiguous, where ours keeps the logits' layout.)"""
+    for shape in [(6, 10), (2, 5, 7), (2, 5, 7, 11)]:
+        if layout in (cases.classes_last, cases.spatial_swapped) and len(shape) == 2:
+            continue
+        logits = layout(make_logits(shape))
+        for reduction in REDUCTIONS:
+            leaves = []
+            for function in (fastopt.cross_entropy, F.cross_entropy):
+                leaf = logits.detach().requires_grad_()
+                target = layout(make_probabilities(logits)).requires_grad_()
+                function(leaf, make_target(leaf), reduction=reduction).sum().backward()
+                function(logits, target, reduction=reduction).sum().backward()
+                leaves.append((leaf, target))
+            for ours, stock in zip(*leaves, strict=True):
+                cases.assert_same_layout(ours.grad, stock.grad, f"{shape} {reduction}")
+
+
+def test_target_and_weight_in_any_layout() -> None:
+    logits = make_logits((6, 33, 4, 5))
+    target = make_target(logits)
+    weight = make_weight(33, torch.float32)
+    padded = torch.full((6, 5, 9), 10**12)
+    padded[:, :, 1::2] = target.transpose(1, 2)
+    targets = [
+        padded[:, :, 1::2].transpose(1, 2),
+        target.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        target[:1].expand(6, 4, 5),
+        target[:, :1, :1].expand(6, 4, 5),
+    ]
+    wide = torch.full((100,), math.nan)
+    wide[1:100:3] = weight
+    for target in targets:
+        for weights in (weight, wide[1:100:3], weight[:1].expand(33)):
+            check(logits, target, weight=weights, label_smoothing=0.1)
+
+
+def test_probabilities_in_another_layout_than_the_logits() -> None:
+    for shape in [(6, 33), (2, 5, 7, 11)]:
+        for logits_layout in (cases.contiguous, cases.transposed, cases.row_strided):
+            for target_layout in (cases.contiguous, cases.transposed, cases.expanded_classes):
+                logits = logits_layout(make_logits(shape))
+                target = target_layout(make_probabilities(logits))
+                check(logits, target, wanted=("logits", "target"), label_smoothing=0.1)
+
+
+# -- options ----------------------------------------------------------------------------------------
+
+OPTION_SHAPES = [(77, 33), (258, 7), (3, 1025), (2, 21, 5, 7), (2, 64, 35), (13,)]
+
+
+@each_dtype
+@each_reduction
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options: Options, reduction: str, dtype: torch.dtype) -> None:
+    upstream = torch.ones_like if reduction == "mean" else random_upstream
+    for shape in OPTION_SHAPES:
+        check_options(make_logits(shape, dtype), options, reduction=reduction, upstream=upstream)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 6, 7, -(2**63), 2**63 - 1])
+def test_ignore_index_may_be_any_integer(ignore_index: int) -> None:
+    for shape in [(77, 7), (40, 7, 3), (5, 7)]:
+        options = Options(ignored=0.3, ignore_index=ignore_index, label_smoothing=0.1)
+        check_options(make_logits(shape), options)
+
+
+def test_ignore_index_may_be_a_tensor() -> None:
+    logits = make_logits((8, 5))
+    target = make_target(logits)
+    ours = fastopt.cross_entropy(logits, target, ignore_index=torch.tensor(0))
+    assert torch.equal(ours, F.cross_entropy(logits, target, ignore_index=torch.tensor(0)))
+
+
+def test_weights_that_sum_to_zero() -> None:
+    logits = make_logits((6, 4))
+    target = torch.zeros(6, dtype=torch.int64)
+    for weight in ([0.0, 1.0, 1.0, 1.0], [0.0] * 4):
+        for reduction in REDUCTIONS:
+            for smoothing in (0.0, 0.1):
+                keywords = {"reduction": reduction, "label_smoothing": smoothing}
+                check(logits, target, weight=torch.tensor(weight), **keywords)
+    balanced = torch.tensor([0, 0, 0, 1, 1, 1])
+    check(logits, balanced, weight=torch.tensor([1.0, -1.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("first_ignored", [True, False])
+def test_ignored_rows_at_the_edges(first_ignored: bool) -> None:
+    for shape in [(33, 10), (3, 1000), (2, 5, 17)]:
+        logits = make_logits(shape)
+        target = make_target(logits)
+        target.view(-1)[0 if first_ignored else -1] = -100
+        check(logits, target, label_smoothing=0.1)
+
+
+def test_byte_targets() -> None:
+    logits = make_logits((16, 10))
+    target = make_target(logits).to(torch.uint8)
+    for reduction in REDUCTIONS:
+        ours = fastopt.cross_entropy(logits, target, reduction=reduction)
+        assert torch.equal(ours, F.cross_entropy(logits, target, reduction=reduction))
+
+
+# -- probability targets ----------------------------------------------------------------------------
+
+# logits, target: the loss has the wider dtype, each gradient its input's.
+DTYPE_PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.float16, torch.bfloat16),
+]
+
+
+@each_reduction
+@pytest.mark.parametrize(("dtype", "target_dtype"), DTYPE_PAIRS, ids=dtype_name)
+def test_probabilities(dtype: torch.dtype, target_dtype: torch.dtype, reduction: str) -> None:
+    for shape in [(33, 10), (3, 1025), (77, 65), (2, 21, 5, 7), (2, 3, 35), (13,), (2, 8195)]:
+        logits = make_logits(shape, dtype)
+        target = make_probabilities(logits, target_dtype)
+        weight = make_weight(shape[cases.class_dim(logits)], dtype, "negative")
+        options = {"reduction": reduction, "upstream": random_upstream}
+        check(logits, target, **options)
+        check(logits, target, wanted=("target",), label_smoothing=0.2, **options)
+        wanted = ("logits", "target")
+        check(logits, target, wanted=wanted, label_smoothing=0.2, weight=weight, **options)
+
+
+def test_probabilities_with_a_wider_weight() -> None:
+    logits = make_logits((33, 10))
+    for dtype in DTYPES:
+        check(logits, make_probabilities(logits), weight=make_weight(10, dtype))
+
+
+def test_probabilities_need_not_be_probabilities() -> None:
+    logits = make_logits((33, 10))
+    for target in (torch.randn(33, 10), torch.zeros(33, 10), torch.ones(33, 10) * 1e3):
+        for smoothing in (0.0, 0.1, 1.0, -1.0):
+            check(logits, target, label_smoothing=smoothing, wanted=("logits", "target"))
+
+
+def test_one_hot_probabilities_are_class_indices() -> None:
+    logits = make_logits((33, 10), torch.float64)
+    target = make_target(logits)
+    for reduction in REDUCTIONS:
+        for smoothing in (0.0, 0.1):
+            keywords = {"reduction": reduction, "label_smoothing": smoothing}
+            ours = fastopt.cross_entropy(logits, F.one_hot(target, 10).double(), **keywords)
+            indexed = fastopt.cross_entropy(logits, target, **keywords)
+            assert_as_accurate(ours, indexed, F.cross_entropy(logits, target, **keywords))
+
+
+# -- numerics ---------------------------------------------------------------------------------------
+
+# Each row is a hazard of its own; 7 classes stay below one vector, 40 leave a tail.
+HAZARDS = {
+    "minus-inf-elsewhere": {1: -math.inf},
+    "minus-inf-at-label": {0: -math.inf},
+    "minus-inf-but-label": {column: -math.inf for column in range(1, 40)},
+    "minus-inf-everywhere": {column: -math.inf for column in range(40)},
+    "inf-elsewhere": {2: math.inf},
+    "inf-at-label": {0: math.inf},
+    "inf-both-signs": {1: math.inf, 2: -math.inf},
+    "nan-elsewhere": {3: math.nan},
+    "nan-at-label": {0: math.nan},
+    "nan-last": {-1: math.nan},
+    "inf-last": {-1: math.inf},
+    "minus-inf-last": {-1: -math.inf},
+    "huge-spread": {0: -6e4, 1: 6e4},
+    "equal": {column: 0.0 for column in range(40)},
+    "zeros-of-both-signs": {0: -0.0, 1: 0.0},
+}
+
+
+def _hazard_rows(classes: int, dtype: torch.dtype, kinds: list[str]) -> Tensor:
+    rows = torch.randn(len(kinds), classes)
+    for row, kind in zip(rows, kinds, strict=True):
+        for column, value in HAZARDS[kind].items():
+            if column < classes:
+                row[column] = value
+    return rows.to(dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [7, 40])
+@pytest.mark.parametrize("hazard", HAZARDS)
+def test_infinities_and_nan(hazard: str, classes: int, dtype: torch.dtype) -> None:
+    rows = _hazard_rows(classes, dtype, [hazard] * 3)
+    target = torch.tensor([0, 0, classes - 1])
+    weight = make_weight(classes, dtype, "zeros").roll(1)  # 0 for class 1, not for a label
+    # Rows with contiguous classes, and the same rows as positions with strided classes.
+    for logits, labels in [(rows, target), (rows.t().contiguous()[None], target[None])]:
+        probabilities = F.one_hot(labels, classes).movedim(-1, 1).to(dtype)
+        for reduction in ("mean", "none"):
+            check(logits, labels, reduction=reduction)
+            check(logits, probabilities, reduction=reduction)
+            check(logits, labels, reduction=reduction, label_smoothing=0.1)
+            check(logits, labels, reduction=reduction, label_smoothing=0.1, weight=weight)
+            check(logits, probabilities, reduction=reduction, label_smoothing=0.1, weight=weight)
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [7, 40])
+def test_a_bad_row_spoils_no_other(classes: int, dtype: torch.dtype) -> None:
+    rows = _hazard_rows(classes, dtype, list(HAZARDS))
+    rows = torch.stack([rows, torch.randn(rows.shape).to(dtype)], 1).reshape(-1, classes)
+    target = torch.zeros(len(rows), dtype=torch.int64)
+    check(rows, target, reduction="none", upstream=random_upstream)
+    logits = rows.t().contiguous()[None]
+    check(logits, target[None], reduction="none", upstream=random_upstream)
+
+
+@each_dtype
+@each_reduction
+def test_ignored_rows_may_hold_anything(reduction: str, dtype: torch.dtype) -> None:
+    for classes in (7, 40, 1000):
+        rows = torch.randn(9, classes).to(dtype)
+        rows[::2] = math.nan
+        rows[2, 0] = math.inf
+        rows[4] = -math.inf
+        target = torch.arange(9).remainder(classes)
+        target[::2] = -100
+        for logits, labels in [(rows, target), (rows.t().contiguous()[None], target[None])]:
+            for smoothing in (0.0, 0.1):
+                keywords = {"reduction": reduction, "label_smoothing": smoothing}
+                check(logits, labels, **keywords)
+                check(logits, labels, weight=make_weight(classes, dtype), **keywords)
+
+
+@pytest.mark.parametrize("common", [1e2, 1e3, 1e5, 1e7, -1e7])
+def test_a_common_offset_changes_nothing(common: float) -> None:
+    # Whole numbers, so that adding 1e7 to them is exact in float32.
+    for shape in [(33, 10), (5, 1000), (2, 21, 17), (1, 32000)]:
+        logits = make_logits(shape).round()
+        target = make_target(logits)
+        for smoothing in (0.0, 0.1):
+            check(logits + common, target, label_smoothing=smoothing)
+            shifted = fastopt.cross_entropy(logits + common, target, label_smoothing=smoothing)
+            plain = fastopt.cross_entropy(logits, target, label_smoothing=smoothing)
+            exact = F.cross_entropy(logits.double(), target, label_smoothing=smoothing)
+            assert_as_accurate(shifted, plain, exact)
+
+
+@each_dtype
+def test_outliers(dtype: torch.dtype) -> None:
+    for shape in [(33, 10), (5, 1000), (2, 21, 17), (2, 8193)]:
+        logits = make_logits(shape, dtype) * 20
+        for reduction in REDUCTIONS:
+            check_options(logits, OPTIONS["smoothing"], reduction=reduction)
+            check_options(logits, OPTIONS["plain"], reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+@each_reduction
+def test_confident_rows_keep_the_gradient_of_the_true_class(
+    reduction: str, dtype: torch.dtype
+) -> None:
+    """p - 1 cancels: subtracted after rounding, most of its digits are gone in half precision."""
+    for shape in [(64, 100), (64, 1000), (64, 10), (4, 21, 16)]:
+        logits = make_logits(shape) / 4
+        target = make_target(logits).unsqueeze(1)
+        logits = logits.scatter(1, target, logits.amax(1, keepdim=True) + 10).to(dtype)
+        result = check(logits, target.squeeze(1), reduction=reduction)
+        oracle = cases.exact(cases.differentiate, logits, target.squeeze(1), reduction=reduction)
+        ours = result.gradients["logits"].gather(1, target).double()
+        exact = oracle.gradients["logits"].gather(1, target)
+        # Where |gradient| falls below the normal numbers one rounding is a fixed step. float32
+        # arithmetic inside costs its own eps against the 1 of p - 1, whatever the dtype outside.
+        info, inside = torch.finfo(dtype), torch.finfo(torch.float32)
+        share = 64 if reduction == "mean" else 1
+        step = info.smallest_normal * info.eps + 4 * inside.eps / share
+        assert ((ours - exact).abs() <= info.eps * exact.abs() + step).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize(
+    "shape", [(70_000, 3), (1, 3, 70_000), (257, 9), (8200, 9)], ids=dtype_name
+)
+def test_rows_are_counted_exactly_in_half_precision(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    logits = make_logits(shape, dtype)
+    for options in (OPTIONS["plain"], OPTIONS["ignored-weight"], OPTIONS["smoothing"]):
+        result = check_options(logits, options)
+        assert result.loss.isfinite()
+        assert result.gradients["logits"].count_nonzero()
+
+
+@each_dtype
+def test_a_loss_too_large_for_its_dtype_is_infinite(dtype: torch.dtype) -> None:
+    logits = torch.zeros(3, 5, dtype=dtype)
+    logits[:, 1] = torch.finfo(dtype).max
+    logits[:, 0] = torch.finfo(dtype).min
+    for reduction in REDUCTIONS:
+        check(logits, torch.zeros(3, dtype=torch.int64), reduction=reduction)
+
+
+# -- properties -------------------------------------------------------------------------------------
+
+
+@each_dtype
+def test_gradient_rows_sum_to_zero(dtype: torch.dtype) -> None:
+    for shape in [(33, 10), (5, 1000), (2, 21, 17)]:
+        logits = make_logits(shape, dtype)
+        for options in (OPTIONS["plain"], EVERYTHING):
+            gradient = check_options(logits, options, reduction="sum").gradients["logits"].double()
+            # One rounding of the dtype for each element; inside, the sum of the exponentials is
+            # known to a few roundings of float32, against a row's mass of not much more than 1.
+            inside = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+            budget = torch.finfo(dtype).eps * gradient.abs().sum(1) + 16 * inside.eps
+            assert (gradient.sum(1).abs() <= budget).all()
+
+
+@each_dtype
+def test_an_ignored_row_is_an_absent_row(dtype: torch.dtype) -> None:
+    logits = make_logits((64, 33), dtype)
+    target = make_target(logits)
+    absent = torch.rand(64) < 0.4
+    ignored = target.masked_fill(absent, -100)
+    for reduction in REDUCTIONS:
+        for smoothing in (0.0, 0.1):
+            for weight in (None, make_weight(33, dtype)):
+                keywords = {"reduction": reduction, "label_smoothing": smoothing, "weight": weight}
+                ours = check(logits, ignored, **keywords)
+                rest = check(logits[~absent], target[~absent], **keywords)
+                exact = cases.exact(
+                    cases.differentiate, logits[~absent], target[~absent], **keywords
+                )
+                loss = ours.loss[~absent] if reduction == "none" else ours.loss
+                assert_as_accurate(loss, rest.loss, exact.loss)
+                gradient = ours.gradients["logits"][~absent]
+                assert_as_accurate(gradient, rest.gradients["logits"], exact.gradients["logits"])
+
+
+@each_dtype
+def test_reductions_belong_together(dtype: torch.dtype) -> None:
+    for shape in [(33, 10), (5, 1000), (2, 21, 17)]:
+        logits = make_logits(shape, dtype)
+        target, keywords = OPTIONS["ignored-smoothing"].apply(logits, make_target(logits))
+        rows = fastopt.cross_entropy(logits.double(), target, reduction="none", **keywords)
+        counted = (target != -100).sum()
+        for reduction, exact in [("sum", rows.sum()), ("mean", rows.sum() / counted)]:
+            ours = fastopt.cross_entropy(logits, target, reduction=reduction, **keywords)
+            stock = F.cross_entropy(logits, target, reduction=reduction, **keywords)
+            assert_as_accurate(ours, stock, exact)
+
+
+@each_dtype
+def test_the_loss_is_the_same_with_and_without_a_gradient(dtype: torch.dtype) -> None:
+    """Two kernels compute it: one for training, one for evaluation."""
+    for shape in [(33, 10), (5, 1000), (2, 21, 17), (2, 50257), (300, 3)]:
+        logits = make_logits(shape, dtype)
+        target, keywords = EVERYTHING.apply(logits, make_target(logits))
+        for reduction in REDUCTIONS:
+            keywords["reduction"] = reduction
+            alone = fastopt.cross_entropy(logits, target, **keywords)
+            trained = fastopt.cross_entropy(logits.clone().requires_grad_(), target, **keywords)
+            stock = F.cross_entropy(logits, target, **keywords)
+            exact = F.cross_entropy(
+                logits.double(), target, **{**keywords, "weight": keywords["weight"].double()}
+            )
+            assert not alone.requires_grad and trained.requires_grad
+            assert_as_accurate(alone, stock, exact)
+            assert_as_accurate(trained, stock, exact)
+
+
+@st.composite
+def _calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, object]]:
+    """Any call of the supported kind: shape, layout, dtype, options, values."""
+    dtype = draw(st.sampled_from(DTYPES))
+    classes = draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 257, 1024])))
+    spatial = draw(st.lists(st.integers(1, 19), max_size=3))
+    batch = draw(st.one_of(st.integers(1, 20), st.sampled_from([64, 131])))
+    batch = min(batch, max(1, 30_000 // (classes * math.prod(spatial))))
+    shape = (batch, classes, *spatial)
+    unbatched = not spatial and draw(st.integers(0, 9)) == 0
+    logits = make_logits((classes,) if unbatched else shape, dtype, draw(st.integers(0, 99)))
+    logits = logits * draw(st.sampled_from([1.0, 0.0, 1e-3, 30.0]))
+    if dtype in (torch.float32, torch.float64):
+        logits = logits + draw(st.sampled_from([0.0, 0.0, 1e4, -1e6]))
+    if not unbatched:
+        layouts = LAYOUTS_2D if len(shape) == 2 else LAYOUTS_ND
+        logits = draw(st.sampled_from(layouts))(logits)
+    options = Options(
+        weight=draw(st.sampled_from([None, "random", "zeros", "negative"])),
+        label_smoothing=draw(st.sampled_from([0.0, 0.0, 0.1, 0.9, 1.0])),
+        ignored=draw(st.sampled_from([0.0, 0.0, 0.2, 0.9])),
+        ignore_index=draw(st.sampled_from([-100, -1, 0, classes - 1, classes])),
+    )
+    if draw(st.booleans()):
+        target, keywords = options.apply(logits, make_target(logits))
+        wanted: tuple[str, ...] = ("logits",)
+    else:
+        target = make_probabilities(logits, draw(st.sampled_from([dtype, torch.float32])))
+        keywords = Options(options.weight, options.label_smoothing).apply(logits, target)[1]
+        wanted = draw(st.sampled_from([("logits",), ("target",), ("logits", "target")]))
+    keywords |= {
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+        "upstream": draw(st.sampled_from([torch.ones_like, random_upstream])),
+        "wanted": wanted,
+    }
+    return logits, target, keywords
+
+
+@given(_calls())
+def test_any_call(call: tuple[Tensor, Tensor, dict[str, object]]) -> None:
+    logits, target, keywords = call
+    check(logits, target, **keywords)
+
+
+# -- torch's own databases --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@each_dtype
+def test_samples_of_torchs_operator_database(dtype: torch.dtype) -> None:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (entry,) = [op for op in op_db if op.name == "nn.functional.cross_entropy"]
+    samples = list(entry.sample_inputs("cpu", dtype, requires_grad=False))
+    assert len(samples) > 10
+    for sample in samples:
+        (target,), keywords = sample.args, dict(sample.kwargs)
+        check(sample.input, target, **keywords)
+
+
+@pytest.mark.slow
+@each_dtype
+def test_samples_of_torchs_module_database(dtype: torch.dtype) -> None:
+    from torch.testing._internal.common_modules import module_db
+
+    (entry,) = [info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss]
+    samples = entry.module_inputs_func(entry, "cpu", dtype, requires_grad=False, training=True)
+    assert len(samples) > 10
+    for sample in samples:
+        constructor, call = sample.constructor_input, sample.forward_input
+        if "weight" in constructor.kwargs:  # of both signs: their sums cancel, and luck decides
+            constructor.kwargs["weight"] = constructor.kwargs["weight"].abs()
+        modules = [
+            cls(*constructor.args, **constructor.kwargs)
+            for cls in (fastopt.CrossEntropyLoss, torch.nn.CrossEntropyLoss)
+        ]
+        exact_module = torch.nn.CrossEntropyLoss(*constructor.args, **constructor.kwargs).double()
+        logits, target = call.args
+        ours, stock = (module(logits, target) for module in modules)
+        wide = target.double() if target.is_floating_point() else target
+        assert_as_accurate(ours, stock, exact_module(logits.double(), wide))

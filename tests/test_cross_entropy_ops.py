@@ -1,0 +1,362 @@
+"""torch.ops.fastopt.cross_entropy_*: who is served by them, their contract, and nonsense."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastopt
+import fastopt.ops
+from accuracy import assert_same_bits
+from cross_entropy_cases import (
+    DTYPES,
+    LAYOUTS_ND,
+    REDUCTIONS,
+    differentiate,
+    dtype_name,
+    make_logits,
+    make_probabilities,
+    make_target,
+    make_weight,
+)
+
+OPS = [
+    "cross_entropy_forward",
+    "cross_entropy_forward_backward",
+    "cross_entropy_backward",
+    "cross_entropy_backward_target",
+]
+REDUCTION_NUMBERS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def ops_reached(call: Callable[[], object]) -> set[str]:
+    """The names of our ops that run during the call, as the profiler saw them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    prefix = "fastopt::"
+    names = {event.name for event in profile.events()}
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+
+# -- who is served ----------------------------------------------------------------------------------
+
+
+def test_kernels_serve() -> None:
+    """Without this, the suite could pass by comparing torch with itself."""
+    assert fastopt.ops.CPU_LIBRARY is not None, fastopt.ops.CPU_LIBRARY_ERROR
+    assert fastopt.ops.ALWAYS, "run the suite with FASTOPT_ALWAYS=1"
+    logits = make_logits((4, 10)).requires_grad_()
+    target = make_target(logits)
+    assert ops_reached(lambda: fastopt.cross_entropy(logits, target).backward())
+    assert not ops_reached(lambda: F.cross_entropy(logits, target).backward())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_the_whole_grid_is_served(kind: str, reduction: str, dtype: torch.dtype) -> None:
+    for shape in [(10,), (1, 1), (4, 10), (3, 65), (2, 5, 7), (2, 5, 3, 2), (2, 5, 2, 2, 2)]:
+        for layout in LAYOUTS_ND if len(shape) == 4 else LAYOUTS_ND[:1]:
+            logits = layout(make_logits(shape, dtype))
+            target = make_target(logits) if kind == "indices" else make_probabilities(logits)
+            weight = make_weight(logits.shape[0 if len(shape) == 1 else 1], dtype)
+            for options in ({}, {"weight": weight, "label_smoothing": 0.1}):
+                options["reduction"] = reduction
+                wanted = ("logits",) if kind == "indices" else ("logits", "target")
+                evaluate = functools.partial(fastopt.cross_entropy, logits, target, **options)
+                train = functools.partial(
+                    differentiate, fastopt.cross_entropy, logits, target, wanted=wanted, **options
+                )
+                evaluation, training = ops_reached(evaluate), ops_reached(train)
+                assert evaluation == {"cross_entropy_forward"}, (shape, layout.__name__)
+                assert (
+                    "cross_entropy_forward_backward" in training
+                    or {
+                        "cross_entropy_forward",
+                        "cross_entropy_backward",
+                    }
+                    <= training
+                ), (shape, layout.__name__)
+
+
+def test_what_is_not_ours_goes_to_torch() -> None:
+    logits = make_logits((4, 10))
+    target = make_target(logits)
+
+    class Subclass(Tensor):
+        pass
+
+    def forward_mode() -> None:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
+            fastopt.cross_entropy(dual, target)
+
+    for name, call in {
+        "subclass": lambda: fastopt.cross_entropy(logits.as_subclass(Subclass), target),
+        "byte target": lambda: fastopt.cross_entropy(logits, target.byte()),
+        "meta": lambda: fastopt.cross_entropy(logits.to("meta"), target.to("meta")),
+        "functorch": lambda: torch.func.grad(lambda x: fastopt.cross_entropy(x, target))(logits),
+        "vmap": lambda: torch.func.vmap(fastopt.cross_entropy)(logits[None], target[None]),
+        "forward mode": forward_mode,
+    }.items():
+        assert not ops_reached(call), name
+
+
+# -- the contract -----------------------------------------------------------------------------------
+
+
+def arguments(
+    op: str,
+    logits: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> dict[str, object]:
+    """Valid arguments of an op by name; what backward is given comes from forward."""
+    if weight is not None:
+        weight = weight.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    shared = {
+        "logits": logits,
+        "target": target,
+        "weight": weight,
+        "ignore_index": -100,
+        "label_smoothing": label_smoothing,
+        "reduction": REDUCTION_NUMBERS[reduction],
+    }
+    forward = {**shared, "loss_dtype": logits.dtype}
+    if op in ("cross_entropy_forward", "cross_entropy_forward_backward"):
+        return forward
+    results = torch.ops.fastopt.cross_entropy_forward(**forward)
+    loss, *kept = results
+    names = ("row_max", "row_sum", "total_weight")
+    return {"grad_loss": torch.ones_like(loss), **shared, **dict(zip(names, kept, strict=True))}
+
+
+def call_op(op: str, keywords: dict[str, object]) -> object:
+    return getattr(torch.ops.fastopt, op)(**keywords)
+
+
+def test_these_are_all_the_ops() -> None:
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {name.removeprefix("fastopt::") for name in names if name.startswith("fastopt::")}
+    assert registered == set(OPS)
+    for op in OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastopt::{op}", "CPU")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, dtype: torch.dtype) -> None:
+    for shape in [(2, 5, 7), (5,), (0, 5)]:
+        logits = make_logits(shape, dtype)
+        probabilities = make_probabilities(logits)
+        weight = make_weight(shape[0 if len(shape) == 1 else 1], dtype)
+        scalar = "sum" if 0 in shape else "mean"  # opcheck takes NaN for a difference
+        targets = [probabilities] if op.endswith("target") else [make_target(logits), probabilities]
+        for target in targets:
+            for reduction in (scalar, "none"):
+                if reduction == "none" and op == "cross_entropy_forward_backward":
+                    continue
+                keywords = arguments(op, logits, target, reduction, weight, 0.1)
+                overload = getattr(torch.ops.fastopt, op).default
+                torch.library.opcheck(overload, tuple(keywords.values()))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
+def test_fakes_promise_the_layout_that_kernels_give(
+    layout: Callable[[Tensor], Tensor], op: str
+) -> None:
+    """opcheck on views: inductor trusts the strides of the fakes."""
+    for shape in [(4, 10, 3), (2, 5, 7, 3)]:
+        plain = make_logits(shape), make_probabilities(make_logits(shape))
+        for logits, target in [
+            (layout(plain[0]), layout(plain[1])),
+            (layout(plain[0]), plain[1]),
+            (plain[0], layout(plain[1])),
+        ]:
+            reduction = "sum" if op == "cross_entropy_forward_backward" else "none"
+            keywords = arguments(op, logits, target, reduction)
+            overload = getattr(torch.ops.fastopt, op).default
+            torch.library.opcheck(overload, tuple(keywords.values()), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strided_arguments_are_read_where_they_are(op: str) -> None:
+    logits = make_logits((6, 10, 4))
+    target = make_probabilities(logits)
+    reduction = "mean" if op == "cross_entropy_forward_backward" else "none"
+    weight = make_weight(10, torch.float32)
+    plain = arguments(op, logits, target, reduction, weight)
+    if "grad_loss" in plain:
+        plain["grad_loss"] = torch.randn(6, 4)
+    expected = call_op(op, plain)
+    for name, value in plain.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        buffer = torch.full([2 * size + 1 for size in value.shape], float("nan"))
+        window = buffer[tuple(slice(1, None, 2) for _ in value.shape)]
+        window.copy_(value)
+        results = call_op(op, {**plain, name: window})
+        for ours, same in zip(_tuple(results), _tuple(expected), strict=True):
+            torch.testing.assert_close(ours, same, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _tuple(result: object) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)  # type: ignore[arg-type]
+
+
+# -- nonsense ---------------------------------------------------------------------------------------
+
+# Whatever is wrong with an argument of a direct call, it has to raise, never to read elsewhere.
+# (Meta tensors are not here: they hold nothing to read, and the fakes answer for them.)
+NONSENSE: dict[str, list[object]] = {
+    "logits": [
+        torch.tensor(1.0),
+        torch.ones(4, 10, dtype=torch.int64),
+        torch.ones(4, 10, dtype=torch.complex64),
+        torch.ones(4, 10, dtype=torch.bool),
+        torch.ones(4, 10).to_sparse(),
+        torch.ones(5, 10),
+        torch.ones(3, 10),
+        torch.ones(4, 10, 2),
+        torch.ones(4, 10, 0),
+        torch.ones(10),
+        torch.ones(40),
+        torch.ones(4, 3),
+        torch.ones(4, 0),
+        torch.ones(0, 10),
+    ],
+    "target": [
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(5, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(4, 1, dtype=torch.int64),
+        torch.zeros(4, 10, dtype=torch.int64),
+        torch.tensor(0),
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(4, dtype=torch.uint8),
+        torch.zeros(4, dtype=torch.bool),
+        torch.zeros(4),
+        torch.zeros(4, 9),
+        torch.zeros(5, 10),
+        torch.zeros(3, 10),
+        torch.zeros(1, 10),
+        torch.zeros(4, 10, 1),
+        torch.zeros(4, 10, dtype=torch.complex64),
+        torch.tensor([0, 1, 2, 10]),
+        torch.tensor([-1, 1, 2, 3]),
+        torch.tensor([0, 1, 2**62, 3]),
+        torch.tensor([0, 1, -(2**62), 3]),
+        torch.tensor([0, 2**32, 2, 3]),
+    ],
+    "weight": [
+        torch.ones(9),
+        torch.ones(11),
+        torch.ones(0),
+        torch.ones(1),
+        torch.tensor(1.0),
+        torch.ones(1, 10),
+        torch.ones(10, 1),
+        torch.ones(10, dtype=torch.float64),
+        torch.ones(10, dtype=torch.float16),
+        torch.ones(10, dtype=torch.int64),
+    ],
+    "reduction": [3, -1, 2**40],
+    "loss_dtype": [torch.int64, torch.complex64, torch.bool],
+    "grad_loss": [
+        torch.ones(4),
+        torch.ones(0),
+        torch.tensor(1.0, dtype=torch.complex64),
+    ],
+    **{
+        name: [
+            torch.ones(3),
+            torch.ones(5),
+            torch.ones(0),
+            torch.ones(4, 1),
+            torch.tensor(1.0),
+            torch.ones(4, dtype=torch.float16),
+            torch.ones(4, dtype=torch.float64),
+            torch.ones(4, dtype=torch.int64),
+        ]
+        for name in ("row_max", "row_sum")
+    },
+    "total_weight": [
+        torch.ones(0),
+        torch.ones(2),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("op", OPS)
+def test_nonsense_raises(op: str, kind: str) -> None:
+    if op == "cross_entropy_backward_target" and kind == "indices":
+        return
+    logits = make_logits((4, 10))
+    target = make_target(logits) if kind == "indices" else make_probabilities(logits)
+    valid = arguments(op, logits, target, "mean", torch.ones(10))
+    call_op(op, valid)
+    accepted = []
+    for name, values in NONSENSE.items():
+        for value in values if name in valid else []:
+            try:
+                call_op(op, {**valid, name: value})
+            except Exception:
+                continue
+            accepted.append((name, value))
+    assert not accepted
+
+
+@pytest.mark.parametrize("label", [10, -1, 2**31, 2**32, 2**62, -(2**63)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("op", OPS[:3])
+def test_labels_out_of_range_are_index_errors(op: str, reduction: str, label: int) -> None:
+    if op == "cross_entropy_forward_backward" and reduction == "none":
+        return
+    for shape in [(4, 10), (2, 10, 5), (10,), (3000, 10)]:
+        logits = make_logits(shape)
+        target = make_target(logits)
+        keywords = arguments(op, logits, target, reduction)
+        bad = target.clone()
+        bad.view(-1)[-1] = label
+        with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
+            call_op(op, {**keywords, "target": bad})
+
+
+def test_indices_have_no_target_gradient() -> None:
+    logits = make_logits((4, 10))
+    keywords = arguments("cross_entropy_backward", logits, make_target(logits))
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        call_op("cross_entropy_backward_target", keywords)
+
+
+def test_no_gradient_is_computed_in_forward_for_rows() -> None:
+    logits = make_logits((4, 10))
+    keywords = arguments("cross_entropy_forward_backward", logits, make_target(logits))
+    with pytest.raises((RuntimeError, ValueError)):
+        call_op("cross_entropy_forward_backward", {**keywords, "reduction": 0})
+
+
+def test_direct_calls_change_nothing() -> None:
+    logits = make_logits((4, 10))
+    for target in (make_target(logits), make_probabilities(logits)):
+        for op in OPS[: 4 if target.is_floating_point() else 3]:
+            keywords = arguments(op, logits, target, "mean", torch.rand(10), 0.1)
+            before = {
+                name: value.clone() for name, value in keywords.items() if isinstance(value, Tensor)
+            }
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                call_op(op, keywords)
+            for name, copy in before.items():
+                assert_same_bits(keywords[name], copy, name)  # type: ignore[arg-type]
