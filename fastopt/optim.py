@@ -1,0 +1,420 @@
+"""SGD: torch.optim.SGD with every parameter of every group updated in one pass of one kernel.
+
+What a step does, top to bottom:
+
+    SGD.step         the closure, the GradScaler; can the kernels be used at all here?
+    _Plan            what lasts from step to step: the parameters, their groups and their state
+    gather           csrc/cpu/sgd.cpp reads the tensors and gives each parameter a verdict
+    SGD._torch_step  torch's own update, for the parameters that the kernels do not take
+    run              csrc/cpu/sgd.cpp updates the others
+"""
+
+import ctypes
+from array import array
+from collections.abc import Callable
+from itertools import chain, compress
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+from torch.optim.optimizer import _use_grad_for_differentiable
+from torch.optim.sgd import sgd
+
+from fastopt import ops
+
+# gather's verdicts on a parameter (the last two: on the whole step); it returns their union.
+_READY, _NO_GRADIENT, _NEEDS_BUFFER, _TORCH, _OVERLAPPING, _DONE = 1, 2, 4, 8, 16, 32
+
+# Sizes in words of 8 bytes, asserted in csrc/cpu/sgd.cpp.
+_ROW_WORDS = 6  # SgdRow
+_SPAN_WORDS = 2  # Span
+_GROUP_WORDS = 7  # SgdGroup,
+_MOMENTUM = 2  # and where its momentum is
+
+_get_grad = attrgetter("grad")
+_get_params = itemgetter("params")
+_get_momentum_buffer = itemgetter("momentum_buffer")
+
+
+class _Table(ctypes.Structure):
+    """csrc/cpu/sgd.cpp: SgdTable."""
+
+    _fields_ = [
+        ("params", ctypes.c_void_p),
+        ("grads", ctypes.c_void_p),
+        ("momentum_buffers", ctypes.c_void_p),
+        ("group_of", ctypes.c_void_p),
+        ("groups", ctypes.c_void_p),
+        ("first_step", ctypes.c_char_p),
+        ("rows", ctypes.c_void_p),
+        ("verdicts", ctypes.c_void_p),
+        ("spans", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("type_offset", ctypes.c_int64),
+        ("tensor_offset", ctypes.c_int64),
+        ("tensor_type", ctypes.c_void_p),
+        ("parameter_type", ctypes.c_void_p),
+        ("none", ctypes.c_void_p),
+        ("inv_scale", ctypes.c_double),
+        ("unscale", ctypes.c_int64),
+        ("span_count", ctypes.c_int64),
+    ]
+
+
+# Where CPython keeps an object's type (last in its header) and the items of a tuple.
+_HEADER = object.__basicsize__
+_WORD = ctypes.sizeof(ctypes.c_void_p)
+
+
+def _items(objects: tuple[Any, ...]) -> int:
+    """The address of a tuple's items."""
+    return id(objects) + tuple.__basicsize__
+
+
+def _find_tensor_offset() -> int | None:
+    """Where a tensor object holds its C++ tensor: behind its header, in older torch behind a flag
+    as well. None if this Python or this torch lays its objects out in yet another way."""
+
+    def word(address: int) -> int | None:
+        return ctypes.c_void_p.from_address(address).value
+
+    tensors = (torch.empty(1), Parameter(torch.empty(1)), torch.empty(0))
+    for i, tensor in enumerate(tensors):
+        if word(_items(tensors) + i * _WORD) != id(tensor):
+            return None
+        if word(id(tensor) + _HEADER - _WORD) != id(type(tensor)):
+            return None
+    for offset in (_HEADER, _HEADER + _WORD):
+        if all(word(id(tensor) + offset) == tensor._cdata for tensor in tensors):
+            return offset
+    return None
+
+
+_TENSOR_OFFSET = _find_tensor_offset() if ops.CPU_LIBRARY is not None else None
+if _TENSOR_OFFSET is not None:
+    # gather reads Python's objects and keeps Python's lock; run lets go of it.
+    _gather = ctypes.PyDLL(str(ops.CPU_LIBRARY)).fastopt_sgd_gather_cpu
+    _run = ctypes.CDLL(str(ops.CPU_LIBRARY)).fastopt_sgd_run_cpu
+    for _function in (_gather, _run):
+        _function.argtypes = [ctypes.c_void_p]
+        _function.restype = ctypes.c_int64
+
+
+def _kernels_apply() -> bool:
+    """Whether an update that torch cannot see is the same as one that it can."""
+    return (
+        _TENSOR_OFFSET is not None
+        and not torch.is_inference_mode_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+_get_options = itemgetter("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
+_NUMBERS = {float, int, bool}
+_NOT_SERVED = array("d", bytes(8 * _GROUP_WORDS))
+
+
+def _group_row(group: dict[str, Any]) -> "array[float]":
+    """A group's SgdGroup. The last number says whether the kernels serve its parameters."""
+    lr, weight_decay, *others = _get_options(group)
+    if any(isinstance(option, Tensor) for option in others):
+        return _NOT_SERVED
+    try:
+        return array("d", (_plain_number(lr), _plain_number(weight_decay), *others, True))
+    except (TypeError, OverflowError):  # torch knows what to say
+        return _NOT_SERVED
+
+
+def _plain_number(option: Any) -> Any:
+    """The number that torch's for-loop uses where an option is a tensor. None if there is more to
+    it: a gradient, a device to wait for, arithmetic in integers."""
+    if not isinstance(option, Tensor):
+        return option
+    if (
+        type(option) is Tensor
+        and option.numel() == 1
+        and option.is_floating_point()
+        and option.device.type == "cpu"
+        and not option.requires_grad
+    ):
+        return option.item()
+    return None
+
+
+class _Plan:
+    """What lasts from step to step: the parameters, their groups and their state, as objects. What
+    is in the tensors, their memory included, is read afresh in every step."""
+
+    def __init__(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+        self.sizes = list(map(len, map(_get_params, groups)))
+        self.params = tuple(chain.from_iterable(map(_get_params, groups)))
+        self.states = [state.get(param, {}) for param in self.params]
+        self.state_count = len(state)
+        self.objects = (*self.params, *state, *state.values())
+        # torch refuses to change tensors of inference mode outside it.
+        self.inference = any(
+            isinstance(tensor, Tensor) and tensor.is_inference()
+            for tensor in chain(self.params, self.momentum_buffers())
+        )
+
+        count = len(self.params)
+        group_of = chain.from_iterable([i] * size for i, size in enumerate(self.sizes))
+        self.group_of = (ctypes.c_int32 * count)(*group_of)
+        self.verdicts = (ctypes.c_uint8 * count)()
+        self.rows = (ctypes.c_int64 * (count * _ROW_WORDS))()
+        self.spans = (ctypes.c_int64 * (count * 2 * _SPAN_WORDS))()
+        self.table = _Table(
+            params=_items(self.params),
+            group_of=ctypes.addressof(self.group_of),
+            rows=ctypes.addressof(self.rows),
+            verdicts=ctypes.addressof(self.verdicts),
+            spans=ctypes.addressof(self.spans),
+            count=count,
+            type_offset=_HEADER - _WORD,
+            tensor_offset=_TENSOR_OFFSET,
+            tensor_type=id(Tensor),
+            parameter_type=id(Parameter),
+            none=id(None),
+        )
+        self.table_address = ctypes.addressof(self.table)
+        self.options: tuple[Any, ...] = ()
+
+    def read_options(self, groups: list[dict[str, Any]]) -> None:
+        options = tuple(chain.from_iterable(map(_get_options, groups)))
+        if self.options and all(map(is_, options, self.options)):
+            return
+        self.group_rows = array("d", chain.from_iterable(map(_group_row, groups)))
+        self.table.groups = self.group_rows.buffer_info()[0]
+        momenta = self.group_rows[_MOMENTUM::_GROUP_WORDS]
+        self.any_momentum, self.all_momentum = any(momenta), all(momenta)
+        # A tensor, unlike a number, can change and stay the same object.
+        self.options = options if _NUMBERS.issuperset(map(type, options)) else ()
+
+    def holds(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
+        params = tuple(map(_get_params, groups))
+        return (
+            self.sizes == list(map(len, params))
+            and self.state_count == len(state)
+            and all(map(is_, self.objects, chain(*params, state, state.values())))
+        )
+
+    def momentum_buffers(self) -> tuple[Tensor | None, ...]:
+        try:
+            return tuple(map(_get_momentum_buffer, self.states))
+        except KeyError:  # some parameter has yet to take its first step with momentum
+            return tuple(state.get("momentum_buffer") for state in self.states)
+
+
+class SGD(torch.optim.SGD):
+    r"""Stochastic gradient descent with momentum, as :class:`torch.optim.SGD`, in one pass.
+
+    One kernel reads and writes each parameter and its momentum buffer once, for all parameters of
+    all groups together, without temporaries. With g the gradient, negated when maximizing, plus
+    ``weight_decay * param``:
+
+    .. math::
+        b \leftarrow \begin{cases} g & \text{first step} \\
+            \text{momentum} \cdot b + (1 - \text{dampening}) \cdot g & \text{later} \end{cases}
+        \qquad \text{param} \leftarrow \text{param} - \text{lr} \cdot \begin{cases}
+            g & \text{no momentum} \\ b & \text{momentum} \\
+            g + \text{momentum} \cdot b & \text{nesterov} \end{cases}
+
+    Options are read from ``param_groups`` in every step. State is torch's
+    (``{"momentum_buffer": Tensor}`` per parameter), and state dicts can be exchanged with
+    torch.optim.SGD in mid-training.
+
+    Args:
+        params: parameters to optimize, named parameters, or dicts that define groups.
+        lr (float or Tensor of one element): learning rate. Default: 1e-3
+        momentum (float): momentum factor. Default: 0
+        dampening (float): dampening for momentum, not applied in the first step. Default: 0
+        weight_decay (float or Tensor of one element): L2 penalty, coupled. Default: 0
+        nesterov (bool): Nesterov momentum; needs momentum and no dampening. Default: False
+        maximize (bool): ascend instead of descend. Default: False
+        foreach, fused (bool, optional): accepted for torch's sake. On CPU they change no result;
+            ``fused=True`` keeps torch's contract with GradScaler (the step unscales the gradients
+            itself) and its refusal of sparse and complex parameters. Default: None
+        differentiable (bool): let autograd see the step, which torch then computes. Default: False
+
+    Served by our kernels: dense CPU parameters of any shape in float32, float64, bfloat16 and
+    float16, mixed at will, whose gradient and momentum buffer have their dtype and memory order.
+    All else (other devices, sparse, complex, overlapping memory, tensor subclasses, tensors with a
+    gradient as options) takes torch's path, parameter by parameter.
+
+    Differences from torch.optim.SGD:
+        - float32 and float64: none, bit for bit those of torch's for-loop (``foreach=False,
+          fused=False``) where both use the machine's fused multiply-add.
+        - bfloat16 and float16: computed in float32 and rounded once per stored value, where torch
+          rounds after every operation.
+        - on CPU, parameters that torch's path takes are updated by its for-loop, whatever
+          ``foreach`` and ``fused`` say.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as torch.optim.SGD.
+
+    Example::
+
+        >>> optimizer = fastopt.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        >>> optimizer.zero_grad()
+        >>> loss_fn(model(input), target).backward()
+        >>> optimizer.step()
+
+    Source: torch.optim.SGD; Sutskever et al., `On the importance of initialization and momentum in
+    deep learning <http://www.cs.toronto.edu/%7Ehinton/absps/momentum.pdf>`_, 2013.
+    """
+
+    _plan: _Plan | None = None  # not part of __getstate__: copies make their own
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler's question whether step() unscales by itself. Asked of the groups as they are:
+        # a flag kept beside them is wrong once a state dict with other options has been loaded.
+        return all(group.get("fused") for group in self.param_groups)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructor keeps such a flag."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None  # load_state_dict comes here: let go of the old momentum buffers
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure (callable, optional): computes the loss anew and returns it.
+
+        Returns:
+            What ``closure`` returned, else None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        # Both are attributes that GradScaler sets for the time of the call.
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if torch.compiler.is_compiling():
+            for group in self.param_groups:
+                self._torch_step(group, group["params"], grad_scale=grad_scale, found_inf=found_inf)
+            return loss
+
+        if found_inf is not None and found_inf.item() != 0:  # the sum over devices: not only 1
+            return loss
+        inv_scale = None
+        if grad_scale is not None:
+            inv_scale = grad_scale.double().reciprocal().float().item()
+        if _kernels_apply() and not self.defaults["differentiable"]:
+            self._kernel_step(inv_scale)
+        else:
+            for group in self.param_groups:
+                self._torch_step(group, group["params"], inv_scale=inv_scale)
+        return loss
+
+    def _kernel_step(self, inv_scale: float | None) -> None:
+        groups, plan = self.param_groups, self._plan
+        if plan is None or not plan.holds(groups, self.state):
+            plan = self._plan = _Plan(groups, self.state)
+        plan.read_options(groups)
+        params, table = plan.params, plan.table
+        grads = tuple(map(_get_grad, params))
+        buffers: tuple[Any, ...] = plan.momentum_buffers() if plan.any_momentum else ()
+
+        table.grads = _items(grads)
+        table.momentum_buffers = _items(buffers) if buffers else None
+        table.inv_scale = 1.0 if inv_scale is None else inv_scale
+        table.unscale = inv_scale is not None
+        seen = _OVERLAPPING if plan.inference else _gather(plan.table_address)
+
+        first_step = b""
+        if seen & _NEEDS_BUFFER and not seen & _OVERLAPPING:
+            # The kernel fills the new buffers. The state learns of them when it has.
+            first_step = bytes(verdict == _NEEDS_BUFFER for verdict in plan.verdicts)
+            buffers = tuple(
+                torch.empty_like(grad) if first else buffer
+                for grad, buffer, first in zip(grads, buffers, first_step, strict=True)
+            )
+            table.momentum_buffers = _items(buffers)
+            table.first_step = first_step
+            seen = _gather(plan.table_address)
+            table.first_step = None
+
+        if seen & _OVERLAPPING:
+            for group in groups:
+                self._torch_step(group, group["params"], inv_scale=inv_scale)
+            return
+        if seen & _TORCH:
+            left: dict[int, list[Tensor]] = {}
+            for param, verdict, index in zip(params, plan.verdicts, plan.group_of, strict=True):
+                if verdict == _TORCH:
+                    left.setdefault(index, []).append(param)
+            for index, group_params in left.items():
+                self._torch_step(groups[index], group_params, inv_scale=inv_scale)
+
+        if seen != _DONE and _run(plan.table_address) != 0:
+            raise RuntimeError("fastopt.SGD: torch could not run the update in parallel")
+        if seen not in (_READY, _DONE):
+            ready = [verdict == _READY for verdict in plan.verdicts]
+            params, grads, buffers = (tuple(compress(t, ready)) for t in (params, grads, buffers))
+            first_step = bytes(compress(first_step, ready))
+        for param, buffer, first in zip(params, buffers, first_step, strict=False):
+            if first:
+                self.state[param]["momentum_buffer"] = buffer
+        if not plan.all_momentum:
+            buffers = tuple(buffer for buffer in buffers if buffer is not None)
+        increment_version(params + buffers)
+        if inv_scale is not None:
+            increment_version(grads)
+
+    def _torch_step(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        *,
+        inv_scale: float | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """torch's update of some parameters of a group."""
+        if params is not group["params"]:
+            group = {**group, "params": params}
+        selected: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, selected, grads, buffers)
+        if inv_scale is not None:
+            for grad in grads:
+                grad.mul_(inv_scale)
+        foreach, fused = group["foreach"], group["fused"]
+        if not torch.compiler.is_compiling() and all(p.device.type == "cpu" for p in selected):
+            # On CPU torch's foreach writes into gradients (nesterov) and rounds momentum to half
+            # precision, and its fused kernel ignores strides, shapes, version counters and, in
+            # half precision, parameters: only its errors are kept.
+            foreach = False
+            fused = fused and (has_sparse_grad or not all(map(Tensor.is_floating_point, selected)))
+        sgd(
+            selected,
+            grads,
+            buffers,
+            has_sparse_grad=has_sparse_grad,
+            foreach=foreach,
+            fused=fused,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if group["momentum"] != 0:
+            for param, buffer in zip(selected, buffers, strict=True):
+                self.state[param]["momentum_buffer"] = buffer
