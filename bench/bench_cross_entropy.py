@@ -1,0 +1,199 @@
+"""Cross-entropy: fastopt, torch eager and torch.compile on the same tensors.
+
+A call is what one training step asks of the loss: forward, backward to a fresh gradient of the
+logits, and the release of that gradient. (Under `forward alone`: the forward, without gradients.)
+The three variants are timed in turns within one process; conftest.py says how and why.
+
+    python -m pytest bench/bench_cross_entropy.py [--quick]
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastopt
+
+VARIANTS = ("fastopt", "eager", "compile")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, ...]  # logits: (N, C) or (N, C, d1, ...)
+    dtype: torch.dtype
+    label_smoothing: float = 0.0
+    probabilities: bool = False
+    backward: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+quick = pytest.mark.quick
+
+CASES = [
+    # A language model's head: rows that fit the second-level cache, and rows that hardly do.
+    Case("float32 4096 x 32000", (4096, 32000), f32),
+    Case("float32 1024 x 128256", (1024, 128256), f32),
+    Case("bfloat16 4096 x 32000", (4096, 32000), bf16),
+    Case("float16 1024 x 32000", (1024, 32000), f16),
+    Case("float64 1024 x 32000", (1024, 32000), f64),
+    Case("float32 4096 x 32000, forward alone", (4096, 32000), f32, backward=False),
+    # A classifier, and the variants of its target.
+    pytest.param(Case("float32 8192 x 1000", (8192, 1000), f32), marks=quick),
+    Case("float32 8192 x 1000, smoothing", (8192, 1000), f32, label_smoothing=0.1),
+    Case("float32 8192 x 1000, probabilities", (8192, 1000), f32, probabilities=True),
+    pytest.param(Case("bfloat16 8192 x 1000", (8192, 1000), bf16), marks=quick),
+    # Very many rows of few classes, few rows of very many, more rows than float16 can count.
+    Case("float32 65536 x 10", (65536, 10), f32),
+    Case("float32 8 x 128256", (8, 128256), f32),
+    pytest.param(Case("float16 131072 x 10", (131072, 10), f16), marks=quick),
+    # Segmentation: the classes of a pixel lie d1 * d2 elements apart.
+    pytest.param(Case("float32 8 x 21 x 256 x 256", (8, 21, 256, 256), f32), marks=quick),
+    Case("float32 2 x 150 x 256 x 256", (2, 150, 256, 256), f32),
+    # So little work that the calls themselves are the cost.
+    pytest.param(Case("float32 4 x 10", (4, 10), f32), marks=quick),
+    Case("float32 16 x 10", (16, 10), f32),
+    Case("float32 32 x 10", (32, 10), f32),
+    pytest.param(Case("float32 128 x 10", (128, 10), f32), marks=quick),
+]
+
+
+def make_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a partly trained model: half of the rows are sure of their class, half are not."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(case.shape, generator=random).mul_(3)
+    rows = (case.shape[0], *case.shape[2:])
+    target = torch.randint(case.shape[1], rows, generator=random)
+    sure = torch.rand(rows, generator=random).gt_(0.5).mul_(15)
+    logits.scatter_add_(1, target.unsqueeze(1), sure.unsqueeze(1))
+    if case.probabilities:
+        target = torch.randn(case.shape, generator=random).mul_(2).softmax(1).to(case.dtype)
+    return logits.to(case.dtype), target
+
+
+def bytes_moved(case: Case, logits: torch.Tensor, target: torch.Tensor) -> int:
+    """Each logit and target read once; with a backward, each gradient written once."""
+    return logits.nbytes * (2 if case.backward else 1) + target.nbytes
+
+
+def make_criterion(
+    case: Case, variant: str
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    if variant == "fastopt":
+        return fastopt.CrossEntropyLoss(label_smoothing=case.label_smoothing)
+    if variant == "eager":
+        return torch.nn.CrossEntropyLoss(label_smoothing=case.label_smoothing)
+
+    def stock(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, target, label_smoothing=case.label_smoothing)
+
+    return torch.compile(stock, dynamic=False)
+
+
+def make_call(case: Case, variant: str, logits: torch.Tensor, target: torch.Tensor):
+    criterion = make_criterion(case, variant)
+    if not case.backward:
+
+        def forward() -> None:
+            with torch.no_grad():
+                criterion(logits, target)
+
+        return forward
+
+    leaf = logits.detach().requires_grad_()
+
+    def forward_backward() -> None:
+        criterion(leaf, target).backward()
+        leaf.grad = None
+
+    return forward_backward
+
+
+def errors(
+    case: Case, logits: torch.Tensor, target: torch.Tensor, results: dict[str, tuple]
+) -> dict[str, dict[str, float]]:
+    """How far each variant's (loss, gradient) is from torch in float64 on the same inputs.
+
+    loss_error       |loss - exact| / |exact|
+    grad_error       largest |gradient - exact| / largest |exact|
+    element_error    median of |gradient - exact| / |exact| over the elements that the dtype holds
+                     at full precision (not below its smallest normal number); absent if none are
+
+    The gradients are compared over the first rows: float64 on all of them would take longer than
+    the timing, and the rows are alike.
+    """
+    rows = math.prod(case.shape) // case.shape[1]
+    at_a_time = max(1, 2**24 // math.prod(case.shape[1:]))  # float64 copies of 128 MB each
+    parts = [slice(start, start + at_a_time) for start in range(0, case.shape[0], at_a_time)]
+
+    def exact_loss(part: slice, part_logits: torch.Tensor) -> torch.Tensor:
+        part_target = target[part].double() if case.probabilities else target[part]
+        smoothing = case.label_smoothing
+        loss = F.cross_entropy(part_logits, part_target, label_smoothing=smoothing, reduction="sum")
+        return loss / rows
+
+    exact = sum(exact_loss(part, logits[part].double()).item() for part in parts)
+    found = {
+        variant: {"loss_error": abs(loss.double().item() - exact) / exact}
+        for variant, (loss, _) in results.items()
+    }
+    if case.backward:
+        leaf = logits[parts[0]].double().requires_grad_()
+        exact_loss(parts[0], leaf).backward()
+        size = leaf.grad.abs()
+        normal = size >= torch.finfo(case.dtype).tiny
+        for variant, (_, grad) in results.items():
+            off = (grad[parts[0]].double() - leaf.grad).abs_()
+            found[variant]["grad_error"] = (off.max() / size.max()).item()
+            if normal.any():
+                found[variant]["element_error"] = (off / size)[normal].median().item()
+    return found
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def measured(request, interleave, peak_memory) -> tuple[Case, dict[str, dict]]:
+    """All that `record` wants to know of each variant of one case."""
+    case = request.param
+    torch.compiler.reset()  # else the ninth shape would silently run uncompiled
+    logits, target = make_inputs(case)
+
+    results = {}
+    for variant in VARIANTS:
+        leaf = logits.detach().requires_grad_(case.backward)
+        loss = make_criterion(case, variant)(leaf, target)
+        if case.backward:
+            loss.backward()
+        results[variant] = loss.detach(), leaf.grad
+    error = errors(case, logits, target, results)
+    results.clear()
+
+    calls = {variant: make_call(case, variant, logits, target) for variant in VARIANTS}
+    durations = interleave(calls)
+    return case, {
+        variant: {
+            "durations": durations[variant],
+            "bytes_moved": bytes_moved(case, logits, target),
+            "peak_mb": peak_memory(calls[variant]),
+            "result_mb": logits.nbytes / 2**20 if case.backward else 0.0,
+            **error[variant],
+        }
+        for variant in VARIANTS
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cross_entropy(measured, variant, record) -> None:
+    case, found = measured
+    record(
+        case.name,
+        op="cross_entropy",
+        variant=variant,
+        dtype=str(case.dtype).removeprefix("torch."),
+        **found[variant],
+    )

@@ -1,0 +1,208 @@
+"""Fixtures of the benchmarks: interleaved timing, copy bandwidth, peak memory.
+
+pytest-benchmark times one variant after the other. On a shared machine the second variant then
+meets other weather than the first, and the ratio of the two is part noise. So here all variants
+of a case are timed first, in one process, round by round, in a new random order each round; each
+variant then enters its durations into pytest-benchmark through a clock that is moved on by hand
+(`record`). Its statistics, tables, JSON and comparisons work as always.
+"""
+
+import contextlib
+import ctypes
+import gc
+import math
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastopt
+
+SECONDS_PER_CASE, SECONDS_PER_CASE_QUICK = 6.0, 1.5
+SHORTEST_TURN = 2e-3  # seconds: calls are repeated until one turn of the fastest takes this long
+FEWEST_ROUNDS, MOST_ROUNDS = 7, 300
+COPY_BYTES = 256 << 20  # eight times a 32 MB last-level cache, so that the copy is from memory
+
+Call = Callable[[], object]
+
+
+class Clock:
+    """Stands still until it is told how much time has passed."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = Clock()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="a few cases, a short time for each")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: a case that --quick keeps")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    dropped = []
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+        if config.getoption("--quick") and not item.get_closest_marker("quick"):
+            dropped.append(item)
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=dropped)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """What a reader of the results needs; neither the host's name nor a path of it."""
+    cpu = machine_info["cpu"]
+    command = ["python -m pytest", *(os.path.relpath(arg, config.rootpath) for arg in config.args)]
+    if config.getoption("--quick"):
+        command.append("--quick")
+    machine_info.clear()
+    machine_info.update(
+        cpu=cpu.get("brand_raw", platform.machine()),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        system=f"{platform.system()} {platform.machine()}",
+        torch_simd=torch.backends.cpu.get_cpu_capability(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        fastopt=fastopt.__version__,
+        command=" ".join(command),
+    )
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth() -> float:
+    """Bytes per second of torch's own copy between two warm buffers, read and write counted.
+
+    The best of many, because it serves as the roof.
+    """
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    destination = source.clone()
+    seconds = min(_time(lambda: destination.copy_(source)) for _ in range(31))
+    return 2 * COPY_BYTES / seconds
+
+
+@pytest.fixture(scope="session")
+def interleave(request: pytest.FixtureRequest) -> Callable[..., dict[str, list[float]]]:
+    """interleave(calls, before) -> seconds per call of each variant, one number per round.
+
+    `before[variant]`, where given, runs before every call, outside the timing.
+    """
+    quick = request.config.getoption("--quick")
+    budget = SECONDS_PER_CASE_QUICK if quick else SECONDS_PER_CASE
+
+    def run(calls: dict[str, Call], before: dict[str, Call] | None = None) -> dict:
+        before = before or {}
+
+        def turn(variant: str, repeats: int) -> float:
+            call, prepare = calls[variant], before.get(variant)
+            seconds = 0.0
+            for _ in range(repeats):
+                if prepare:
+                    prepare()
+                seconds += _time(call)
+            return seconds / repeats
+
+        for variant in calls:
+            turn(variant, 2)  # compilation, first touch of the buffers, caches of the allocator
+        guess = [min(turn(variant, 1) for _ in range(2)) for variant in calls]
+        repeats = math.ceil(SHORTEST_TURN / min(guess))
+
+        order, dice = list(calls), random.Random(0)
+        durations: dict[str, list[float]] = {variant: [] for variant in calls}
+        end = time.perf_counter() + budget
+        with _no_garbage_collection():
+            for done in range(MOST_ROUNDS):
+                if done >= FEWEST_ROUNDS and time.perf_counter() > end:
+                    break
+                dice.shuffle(order)
+                for variant in order:
+                    durations[variant].append(turn(variant, repeats))
+        return durations
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def peak_memory() -> Callable[[Call], float | None]:
+    """peak_memory(call) -> MB by which the call raises the process above what it held before.
+
+    Read from the kernel's high-water mark of resident memory (Linux; None elsewhere), so that it
+    counts every buffer, whoever allocated it, and only the pages that were touched.
+    """
+
+    def resident(field: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+
+    def run(call: Call) -> float | None:
+        gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # free blocks kept by malloc would hide new ones
+            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        except (AttributeError, OSError):
+            return None
+        before = resident("VmRSS")
+        call()
+        return (resident("VmHWM") - before) / 1024
+
+    return run
+
+
+@pytest.fixture
+def record(benchmark, copy_bandwidth: float) -> Callable[..., None]:
+    """record(group, durations, bytes_moved, ...) enters one variant into pytest-benchmark.
+
+    bytes_moved is what the task must read and write at least, the same for every variant: GB/s
+    and the share of the copy bandwidth then say how far a variant is from the physical limit.
+    """
+
+    def run(group: str, durations: list[float], bytes_moved: int, **extra: object) -> None:
+        bandwidth = bytes_moved / statistics.median(durations)
+        benchmark.group = group
+        benchmark.extra_info.update(
+            bytes_moved=bytes_moved,
+            gb_per_s=bandwidth / 1e9,
+            share_of_copy=bandwidth / copy_bandwidth,
+            copy_gb_per_s=copy_bandwidth / 1e9,
+            **extra,
+        )
+        remaining = iter(durations)
+        benchmark.pedantic(
+            CLOCK.advance, setup=lambda: ((next(remaining),), {}), rounds=len(durations)
+        )
+
+    return run
+
+
+def _time(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
