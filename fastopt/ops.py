@@ -65,6 +65,8 @@ def _load_cpu_library() -> tuple[Path | None, str | None]:
         return None, "FASTOPT_BACKEND=reference"
     path = Path(os.environ.get("FASTOPT_LIBRARY") or Path(__file__).with_name("_C.so"))
     if not path.exists():
+        if "FASTOPT_LIBRARY" in os.environ:
+            return None, f"FASTOPT_LIBRARY={path} does not exist"
         return None, f"{path.name} was not built (torch or a C++ compiler was missing)"
     try:
         torch.ops.load_library(path)

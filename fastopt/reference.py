@@ -73,8 +73,7 @@ def cross_entropy_forward(
     if reduction != 0:
         loss = loss.sum(dtype=torch.float64)
     if reduction == 1:
-        nothing = (p.total_weight == 0) & (label_smoothing > 0)
-        loss = torch.where(nothing, torch.nan, loss / p.total_weight)
+        loss = loss / _divisor(p.total_weight, label_smoothing)
     return loss.to(loss_dtype), row_max.squeeze(p.dim), row_sum.squeeze(p.dim), p.total_weight
 
 
@@ -93,7 +92,7 @@ def cross_entropy_backward(
     p = _problem(logits, target, weight, ignore_index, label_smoothing)
     softmax = (p.x - row_max.unsqueeze(p.dim)).exp() / row_sum.unsqueeze(p.dim)
     grad = p.q.sum(p.dim, keepdim=True) * softmax - p.q
-    grad = _upstream(grad_loss, reduction, total_weight, p) * grad
+    grad = _upstream(grad_loss, reduction, _divisor(total_weight, label_smoothing), p) * grad
     return empty_gradient(logits).copy_(torch.where(p.live, grad, 0))
 
 
@@ -111,7 +110,8 @@ def cross_entropy_backward_target(
 ) -> Tensor:
     p = _problem(logits, target, weight, ignore_index, label_smoothing)
     log_softmax = (p.x - row_max.unsqueeze(p.dim)) - row_sum.log().unsqueeze(p.dim)
-    scale = _upstream(grad_loss, reduction, total_weight, p) * (1 - max(label_smoothing, 0.0))
+    scale = _upstream(grad_loss, reduction, _divisor(total_weight, label_smoothing), p)
+    scale = scale * (1 - max(label_smoothing, 0.0))
     return empty_gradient(target).copy_(-scale * p.weight * log_softmax)
 
 
@@ -129,11 +129,17 @@ def cross_entropy_forward_backward(
     return loss, cross_entropy_backward(loss.new_ones(()), logits, target, *options, *kept)
 
 
-def _upstream(grad_loss: Tensor, reduction: int, total_weight: Tensor, p: _Problem) -> Tensor:
+def _divisor(total_weight: Tensor, label_smoothing: float) -> Tensor:
+    """What the mean divides by: weights that add up to 0 make label smoothing's part NaN."""
+    nothing = (total_weight == 0) & (label_smoothing > 0)
+    return torch.where(nothing, torch.nan, total_weight)
+
+
+def _upstream(grad_loss: Tensor, reduction: int, divisor: Tensor, p: _Problem) -> Tensor:
     grad_loss = grad_loss.to(p.x.dtype)
     if reduction == 0:
         return grad_loss.unsqueeze(p.dim)
-    return grad_loss / total_weight if reduction == 1 else grad_loss
+    return grad_loss / divisor if reduction == 1 else grad_loss
 
 
 def empty_gradient(like: Tensor) -> Tensor:

@@ -167,8 +167,32 @@ struct CrossEntropy {
     }
   };
 
-  // Sums over one chunk, four vectors at a time: small terms meet one another before they meet a
-  // sum that has grown past their last digits.
+  // term(c, n) over the classes of a chunk, n at a time. Pairs of pairs of vectors: small terms
+  // meet one another before they meet a sum that has grown past their last digits. As many
+  // elements at every SIMD level: fewer lanes must not mean longer sums.
+  template <class Sum, class F>
+  static __attribute__((always_inline)) Sum sum_of(int64_t begin, int64_t end, const F& term) {
+    constexpr int kCount = 256 / kVectorBytes;
+    Sum total{};
+    int64_t c = begin;
+    for (; c + kCount * kL <= end; c += kCount * kL)
+      total = total + sum_of_pairs<kCount, Sum>(c, term);
+    for_each_vector(c, end, [&](int64_t i, int n) __attribute__((always_inline)) {
+      total = total + term(i, n);
+    });
+    return total;
+  }
+  template <int kCount, class Sum, class F>
+  static __attribute__((always_inline)) Sum sum_of_pairs(int64_t c, const F& term) {
+    if constexpr (kCount == 1) {
+      return term(c, kL);
+    } else {
+      const Sum low = sum_of_pairs<kCount / 2, Sum>(c, term);
+      return low + sum_of_pairs<kCount / 2, Sum>(c + kCount / 2 * kL, term);
+    }
+  }
+
+  // Sums over one chunk.
   template <bool kKeep>
   void add_chunk(Stats* row, const T* x, const TT* t, int64_t begin, int64_t end, A base,
                  A* exps) const {
@@ -186,14 +210,7 @@ struct CrossEntropy {
       }
       return part;
     };
-    Part total{};
-    int64_t c = begin;
-    for (; c + 4 * kL <= end; c += 4 * kL)
-      total = total + ((part_at(c, kL) + part_at(c + kL, kL)) +
-                       (part_at(c + 2 * kL, kL) + part_at(c + 3 * kL, kL)));
-    for_each_vector(c, end, [&](int64_t i, int n) __attribute__((always_inline)) {
-      total = total + part_at(i, n);
-    });
+    const Part total = sum_of<Part>(begin, end, part_at);
     row->sum += static_cast<double>(horizontal_sum<A>(total.sum));
     if constexpr (kMass) {
       row->dot += static_cast<double>(horizontal_sum<A>(total.dot));
@@ -214,9 +231,8 @@ struct CrossEntropy {
     double total = 0;
     for (int64_t c0 = 0; c0 < p.classes; c0 += kChunk) {
       const int64_t c1 = c0 + kChunk < p.classes ? c0 + kChunk : p.classes;
-      V mass{};
-      for_each_vector(c0, c1, [&](int64_t c, int n) __attribute__((always_inline)) {
-        mass += lane_index<A>() < n ? mass_at(t, c, n) : V{};
+      const V mass = sum_of<V>(c0, c1, [&](int64_t c, int n) __attribute__((always_inline)) {
+        return lane_index<A>() < n ? mass_at(t, c, n) : V{};
       });
       total += static_cast<double>(horizontal_sum<A>(mass));
     }
