@@ -26,7 +26,7 @@ import fastopt
 
 SECONDS_PER_CASE, SECONDS_PER_CASE_QUICK = 6.0, 1.5
 SHORTEST_TURN = 2e-3  # seconds: calls are repeated until one turn of the fastest takes this long
-FEWEST_ROUNDS, MOST_ROUNDS = 7, 300
+FEWEST_ROUNDS, FEWEST_ROUNDS_QUICK, MOST_ROUNDS = 21, 7, 300
 COPY_BYTES = 256 << 20  # eight times a 32 MB last-level cache, so that the copy is from memory
 
 Call = Callable[[], object]
@@ -107,6 +107,7 @@ def interleave(request: pytest.FixtureRequest) -> Callable[..., dict[str, list[f
     """
     quick = request.config.getoption("--quick")
     budget = SECONDS_PER_CASE_QUICK if quick else SECONDS_PER_CASE
+    fewest = FEWEST_ROUNDS_QUICK if quick else FEWEST_ROUNDS
 
     def run(calls: dict[str, Call], before: dict[str, Call] | None = None) -> dict:
         before = before or {}
@@ -130,7 +131,7 @@ def interleave(request: pytest.FixtureRequest) -> Callable[..., dict[str, list[f
         end = time.perf_counter() + budget
         with _no_garbage_collection():
             for done in range(MOST_ROUNDS):
-                if done >= FEWEST_ROUNDS and time.perf_counter() > end:
+                if done >= fewest and time.perf_counter() > end:
                     break
                 dice.shuffle(order)
                 for variant in order:
