@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "rules/types.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -25,14 +27,6 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-
-// Storage types of half precision: bits only, arithmetic happens in float.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
 
 // Vec<A>: a vector of the accumulation type A (float or double); IntVec<A>: integers as wide.
 template <class A>
@@ -56,84 +50,13 @@ using IntVec = typename VecTraits<A>::IntVec;
 template <class A>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 
-// Accumulation type of a storage type: float, but double for double.
-template <class T>
-struct AccumulateTraits {
-  using type = float;
-};
-template <>
-struct AccumulateTraits<double> {
-  using type = double;
-};
-template <class T>
-using Acc = typename AccumulateTraits<T>::type;
-
 constexpr int kHalfLanes = kLanes<float>;
 typedef uint16_t HalfVec __attribute__((vector_size(kHalfLanes * 2)));
 typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
 
-template <class V, class U>
-FASTOPT_INLINE V bit_cast(U u) {
-  static_assert(sizeof(V) == sizeof(U), "bit_cast keeps the size");
-  V v;
-  memcpy(&v, &u, sizeof(V));
-  return v;
-}
-
 template <class A>
 FASTOPT_INLINE Vec<A> splat(A a) {
   return a - Vec<A>{};  // a - 0 keeps the sign of zero, which a + 0 would not
-}
-
-// ---- one element ----
-
-FASTOPT_INLINE float to_acc(float x) { return x; }
-FASTOPT_INLINE double to_acc(double x) { return x; }
-FASTOPT_INLINE float to_acc(BFloat16 x) {
-  return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
-}
-FASTOPT_INLINE float to_acc(Half x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  // Moving the exponent by a product renormalises subnormals exactly; inf and NaN by hand.
-  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
-  const uint32_t bits =
-      magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : bit_cast<uint32_t>(scaled);
-  return bit_cast<float>(bits | sign);
-}
-
-template <class T>
-FASTOPT_INLINE T from_acc(Acc<T> x);
-template <>
-inline __attribute__((always_inline)) float from_acc<float>(float x) {
-  return x;
-}
-template <>
-inline __attribute__((always_inline)) double from_acc<double>(double x) {
-  return x;
-}
-template <>
-inline __attribute__((always_inline)) BFloat16 from_acc<BFloat16>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // nearest, ties to even
-  return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
-}
-template <>
-inline __attribute__((always_inline)) Half from_acc<Half>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal result: let float addition round it
-    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  return {static_cast<uint16_t>(half | sign)};
 }
 
 // ---- kLanes elements ----

@@ -12,11 +12,7 @@
 // momentum * b is rounded by itself: torch's for-loop computes exactly so, and gives these bits.
 #pragma once
 
-#if defined(__CUDACC__)
-#define FASTOPT_SGD_RULE __host__ __device__ __forceinline__
-#else
-#define FASTOPT_SGD_RULE static inline __attribute__((always_inline))
-#endif
+#include "types.h"
 
 namespace fastopt {
 
@@ -35,7 +31,7 @@ struct SgdOptions {
 // V: float, double or a vector of them. Math::fma(a, b, c) is a * b + c, rounded once where the
 // machine can. `buffer` is not read in the first step.
 template <Momentum kMomentum, bool kNesterov, bool kWeightDecay, class Math, class V>
-FASTOPT_SGD_RULE void sgd_element(V& param, V grad, V& buffer, const SgdOptions<V>& options) {
+FASTOPT_RULE void sgd_element(V& param, V grad, V& buffer, const SgdOptions<V>& options) {
   if (kWeightDecay) grad = Math::fma(options.weight_decay, param, grad);
   if (kMomentum != Momentum::none) {
     if (kMomentum == Momentum::first) {

@@ -13,18 +13,21 @@
 // large common offset of the logits.
 #pragma once
 
-#if defined(__CUDACC__)
-#define FASTOPT_RULE __host__ __device__ __forceinline__
-#else
-#define FASTOPT_RULE static inline __attribute__((always_inline))
-#endif
+#include "types.h"
 
 namespace fastopt {
 
+#if defined(__CUDACC__)
+FASTOPT_RULE float scalar_exp(float x) { return ::expf(x); }
+FASTOPT_RULE double scalar_exp(double x) { return ::exp(x); }
+FASTOPT_RULE float scalar_log(float x) { return ::logf(x); }
+FASTOPT_RULE double scalar_log(double x) { return ::log(x); }
+#else
 FASTOPT_RULE float scalar_exp(float x) { return __builtin_expf(x); }
 FASTOPT_RULE double scalar_exp(double x) { return __builtin_exp(x); }
 FASTOPT_RULE float scalar_log(float x) { return __builtin_logf(x); }
 FASTOPT_RULE double scalar_log(double x) { return __builtin_log(x); }
+#endif
 
 // What one sweep over (a part of) a row leaves. `sum` and `dot` are relative to stats_base(max).
 template <class A>

@@ -1,0 +1,88 @@
+// The four storage types, each with its accumulation type: plain inline functions for host and
+// device.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FASTOPT_RULE static __host__ __device__ __forceinline__
+#else
+#define FASTOPT_RULE static inline __attribute__((always_inline))
+#endif
+
+namespace fastopt {
+
+// Storage types of half precision: bits only, arithmetic happens in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// Accumulation type of a storage type: float, but double for double.
+template <class T>
+struct AccumulateTraits {
+  using type = float;
+};
+template <>
+struct AccumulateTraits<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccumulateTraits<T>::type;
+
+template <class V, class U>
+FASTOPT_RULE V bit_cast(U u) {
+  static_assert(sizeof(V) == sizeof(U), "bit_cast keeps the size");
+  V v;
+  memcpy(&v, &u, sizeof(V));
+  return v;
+}
+
+FASTOPT_RULE float to_acc(float x) { return x; }
+FASTOPT_RULE double to_acc(double x) { return x; }
+FASTOPT_RULE float to_acc(BFloat16 x) {
+  return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+FASTOPT_RULE float to_acc(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // Moving the exponent by a product renormalises subnormals exactly; inf and NaN by hand.
+  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t bits =
+      magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : bit_cast<uint32_t>(scaled);
+  return bit_cast<float>(bits | sign);
+}
+
+FASTOPT_RULE float round_to(float, float x) { return x; }
+FASTOPT_RULE double round_to(double, double x) { return x; }
+FASTOPT_RULE BFloat16 round_to(BFloat16, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // nearest, ties to even
+  return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+}
+FASTOPT_RULE Half round_to(Half, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal result: let float addition round it
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(half | sign)};
+}
+
+template <class T>
+FASTOPT_RULE T from_acc(Acc<T> x) {
+  return round_to(T{}, x);
+}
+
+}  // namespace fastopt
