@@ -1,15 +1,20 @@
-"""Build fastopt: a Python package and, where torch and a C++ compiler are found, its CPU kernels.
+"""Build fastopt: a Python package, its CPU kernels (fastopt/_C.so) where torch and a C++ compiler
+are found, and its CUDA kernels (fastopt/_CUDA.so) where torch is one for CUDA and nvcc is found.
 
-The kernels touch torch only through its stable C ABI. So one `fastopt/_C.so` serves every
-torch >= 2.10 and every Python, and building it takes torch's headers, three -l flags and nothing
-else: the compiler is called directly, in parallel, for what changed. Environment:
+The kernels touch torch only through its stable C ABI. So one library serves every torch >= 2.10
+and every Python, and building it takes torch's headers, a few -l flags and nothing else: the
+compilers are called directly, in parallel, for what changed. Environment:
 
-    CXX               compiler, g++ unless set (clang++ works too)
-    FASTOPT_BUILD     cpu: the kernels must build, and warnings are errors.
-                      unset: without torch or a compiler, say so and go on without kernels;
-                      the package then works through torch's own
-    FASTOPT_SANITIZE  1: build build/sanitize/_C.so instead, with address and undefined-behaviour
-                      sanitizers (`make sanitize`; FASTOPT_LIBRARY=PATH loads it)
+    CXX                 compiler, g++ unless set (clang++ works too)
+    CUDA_HOME           CUDA toolkit, /usr/local/cuda unless set
+    FASTOPT_CUDA_ARCHS  GPUs to compile for, "80 90 100" unless set; the last also as PTX, from
+                        which the driver compiles for newer ones
+    FASTOPT_BUILD       cpu: the CPU kernels must build, no CUDA kernels; cuda: both must build,
+                        whatever torch is for. Warnings are then errors.
+                        unset: say what cannot be built and why, and go on without it;
+                        the package then works through torch's own kernels
+    FASTOPT_SANITIZE    1: build build/sanitize/_C.so instead, with address and undefined-behaviour
+                        sanitizers (`make sanitize`; FASTOPT_LIBRARY=PATH loads it)
 """
 
 import filecmp
@@ -27,6 +32,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -57,6 +63,18 @@ SANITIZE = [
 ]
 LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-DUSE_CUDA",  # else torch's headers hide the current stream
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
+# libtorch alone is linked: it exists in every torch, and in one for CUDA it brings the libraries
+# that hold the CUDA part of the stable ABI.
+CUDA_LIBRARIES = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+CUDA_LIBRARIES += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
 # Every *_kernels.cpp is compiled once per level; csrc/cpu/levels.cpp picks one at run time.
 SIMD_LEVELS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -67,8 +85,21 @@ class CannotBuild(Exception):
     """Why the kernels cannot be built here, in words for the user."""
 
 
-def find_torch() -> tuple[Path, str]:
-    """The folder and version of the torch whose headers we build with."""
+class Torch(NamedTuple):
+    """The torch whose headers we build with."""
+
+    folder: Path
+    version: str
+    cuda: str | None  # the CUDA version that it is for
+
+    @property
+    def include(self) -> list[str]:
+        # -isystem: warnings in torch's headers are not ours to mend.
+        headers = self.folder / "include"
+        return ["-Icsrc", f"-isystem{headers}", f"-isystem{headers}/torch/csrc/api/include"]
+
+
+def find_torch() -> Torch:
     spec = importlib.util.find_spec("torch")
     folders = [Path(spec.origin).parent] if spec and spec.origin else []
     # pip's isolated build hides the environment's torch from sys.path. Its headers are all we
@@ -77,9 +108,11 @@ def find_torch() -> tuple[Path, str]:
     for folder in folders:
         if not (folder / "include/torch/csrc/stable/library.h").exists():
             continue
-        version = re.search(r"__version__ = '(.+?)'", (folder / "version.py").read_text())
+        text = (folder / "version.py").read_text()
+        version = re.search(r"__version__ = '(.+?)'", text)
+        cuda = re.search(r"^cuda.* = '(.+?)'", text, re.MULTILINE)
         if version and tuple(map(int, version[1].split(".")[:2])) >= MINIMUM_TORCH:
-            return folder, version[1]
+            return Torch(folder, version[1], cuda[1] if cuda else None)
     raise CannotBuild(
         f"torch >= {'.'.join(map(str, MINIMUM_TORCH))} was not found by {sys.executable};"
         " install it first, and build with `pip install --no-build-isolation .`"
@@ -96,6 +129,15 @@ def find_compiler() -> list[str]:
         f"no C++ compiler was found ({named or 'g++'} is not on PATH);"
         " on Debian and Ubuntu: apt install g++"
     )
+
+
+def find_cuda() -> Path:
+    """The folder of the CUDA toolkit. Not by way of PATH: nvcc there may be a script."""
+    named = os.environ.get("CUDA_HOME")
+    toolkit = Path(named or "/usr/local/cuda")
+    if (toolkit / "bin/nvcc").exists() and (toolkit / "include/cuda_runtime.h").exists():
+        return toolkit
+    raise CannotBuild(f"no CUDA toolkit was found in {toolkit}; CUDA_HOME names another place")
 
 
 def cpu_units() -> Iterator[tuple[Path, str, list[str]]]:
@@ -125,27 +167,60 @@ def run(command: list[str], output: Path) -> None:
     os.replace(unfinished, output)
 
 
-def build_cpu_library(flags: list[str], folder: Path) -> Path:
-    """Compile csrc/cpu as far as it changed, link it, and return the library under `folder`."""
-    torch, torch_version = find_torch()
-    compiler = [*find_compiler(), *FLAGS, *flags]
-    # -isystem: warnings in torch's headers are not ours to mend.
-    include = ["-Icsrc", f"-isystem{torch / 'include'}"]
-    include.append(f"-isystem{torch / 'include/torch/csrc/api/include'}")
-    units = list(cpu_units())
+def build_cpu_library(strict: bool) -> Path:
+    return _build_cpu_library([*OPTIMIZE, "-Werror"] if strict else OPTIMIZE, Path("build/cpu"))
 
-    # Objects of other flags, another torch or another set of sources are never mixed in.
-    key = repr((compiler, torch_version, include, units))
-    folder /= hashlib.sha256(key.encode()).hexdigest()[:12]
+
+def build_sanitized_library() -> Path:
+    return _build_cpu_library(SANITIZE, Path("build/sanitize"))
+
+
+def _build_cpu_library(flags: list[str], folder: Path) -> Path:
+    torch = find_torch()
+    compiler = [*find_compiler(), *FLAGS, *flags]
+    link = [*compiler, "-shared", f"-L{torch.folder / 'lib'}"]
+    compiler += torch.include
+    return build(torch, compiler, list(cpu_units()), link, LIBRARIES, folder / "_C.so")
+
+
+def build_cuda_library(strict: bool) -> Path:
+    torch = find_torch()
+    if torch.cuda is None and not strict:
+        raise CannotBuild(f"torch {torch.version} is not one for CUDA")
+    toolkit = find_cuda()
+    archs = os.environ.get("FASTOPT_CUDA_ARCHS", "80 90 100").split()
+    compiler = [str(toolkit / "bin/nvcc"), *NVCC_FLAGS, *torch.include]
+    compiler += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    compiler += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    compiler += ["-Werror=all-warnings"] if strict else []
+    units = [(source, f"{source.stem}.o", []) for source in sorted(Path("csrc/cuda").glob("*.cu"))]
+    link = [*find_compiler(), "-shared", f"-L{torch.folder / 'lib'}", f"-L{toolkit / 'lib64'}"]
+    return build(torch, compiler, units, link, CUDA_LIBRARIES, Path("build/cuda/_CUDA.so"))
+
+
+def build(
+    torch: Torch,
+    compiler: list[str],
+    units: list[tuple[Path, str, list[str]]],
+    link: list[str],
+    libraries: list[str],
+    target: Path,
+) -> Path:
+    """Compile what changed of `units`, link it, and return the library, somewhere beside `target`.
+
+    Objects of other flags, another torch or another set of sources are never mixed in.
+    """
+    key = repr((compiler, torch.version, units, link, libraries))
+    folder = target.parent / hashlib.sha256(key.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / "_C.so"
+    library = folder / target.name
 
     def modified(path: Path) -> float:
         return path.stat().st_mtime if path.exists() else 0.0
 
     shared = max(map(modified, [Path("setup.py"), *Path("csrc").rglob("*.h")]))
     stale = [
-        ([*compiler, *include, *extra, "-c", str(source)], folder / name)
+        ([*compiler, *extra, "-c", str(source)], folder / name)
         for source, name, extra in units
         if modified(folder / name) < max(shared, modified(source))
     ]
@@ -155,11 +230,10 @@ def build_cpu_library(flags: list[str], folder: Path) -> Path:
 
     objects = [folder / name for _, name, _ in units]
     if modified(library) < max(map(modified, objects)):
-        link = [*compiler, "-shared", *map(str, objects), f"-L{torch / 'lib'}", *LIBRARIES]
-        run(link, library)
+        run([*link, *map(str, objects), *libraries], library)
         print(
-            f"fastopt: {len(stale)} of {len(units)} compiler calls and a link,"
-            f" {time.monotonic() - start:.0f} s (torch {torch_version})",
+            f"fastopt: {target.name}: {len(stale)} of {len(units)} compiler calls and a link,"
+            f" {time.monotonic() - start:.0f} s (torch {torch.version})",
             file=sys.stderr,
         )
     return library
@@ -175,34 +249,48 @@ def place(library: Path, target: Path) -> None:
     os.replace(fresh, target)
 
 
+# What is built, and under which FASTOPT_BUILD it has to be.
+BUILDERS = {
+    "fastopt._C": (build_cpu_library, ("cpu", "cuda")),
+    "fastopt._CUDA": (build_cuda_library, ("cuda",)),
+}
+
+
 class BuildLibraries(build_ext):
-    """Builds each library of the package. A CUDA library is one more Extension with its own
-    `build_..._library`, and one more line in `build_extension`."""
+    """Builds each library of the package that can be built here."""
 
     def run(self) -> None:
         if os.environ.get("FASTOPT_SANITIZE") == "1":
-            place(build_cpu_library(SANITIZE, Path("build/sanitize")), Path("build/sanitize/_C.so"))
+            place(build_sanitized_library(), Path("build/sanitize/_C.so"))
         else:
             super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        strict = os.environ.get("FASTOPT_BUILD", "")
-        if strict not in ("", "cpu"):
-            raise SystemExit(f"FASTOPT_BUILD must be cpu or unset, got {strict!r}")
+        asked = os.environ.get("FASTOPT_BUILD", "")
+        if asked not in ("", "cpu", "cuda"):
+            raise SystemExit(f"FASTOPT_BUILD must be cpu, cuda or unset, got {asked!r}")
+        builder, needed_for = BUILDERS[ext.name]
+        strict = asked in needed_for
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            flags = [*OPTIMIZE, "-Werror"] if strict else OPTIMIZE
-            place(build_cpu_library(flags, Path("build/cpu")), target)
+            if asked and not strict:
+                raise CannotBuild(f"FASTOPT_BUILD={asked}")
+            place(builder(strict), target)
         except CannotBuild as reason:
             if strict:
-                raise SystemExit(f"fastopt: the CPU kernels were not built: {reason}") from None
-            print(
-                f"\nfastopt: BUILDING WITHOUT THE CPU KERNELS: {reason}\n"
-                "The package works all the same, with torch's own kernels.\n",
-                file=sys.stderr,
-            )
+                raise SystemExit(f"fastopt: {target.name} was not built: {reason}") from None
+            if ext.name == "fastopt._C":
+                print(
+                    f"\nfastopt: BUILDING WITHOUT THE CPU KERNELS: {reason}\n"
+                    "The package works all the same, with torch's own kernels.\n",
+                    file=sys.stderr,
+                )
+            elif not asked:
+                print(f"fastopt: no CUDA kernels: {reason}", file=sys.stderr)
             target.unlink(missing_ok=True)  # never ship what an earlier build left there
-            self.distribution.ext_modules = []
+            self.distribution.ext_modules = [
+                other for other in self.distribution.ext_modules if other is not ext
+            ]
 
     def get_ext_filename(self, fullname: str) -> str:
         # Not a Python module: no interpreter's suffix.
@@ -233,6 +321,9 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("fastopt._C", [str(source) for source, _, _ in cpu_units()])],
+    ext_modules=[
+        Extension("fastopt._C", [str(source) for source, _, _ in cpu_units()]),
+        Extension("fastopt._CUDA", [str(source) for source in Path("csrc/cuda").glob("*.cu")]),
+    ],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

@@ -5,11 +5,14 @@ Momentum 0.9, weight decay 1e-4. A call is one `optimizer.step()`. As in trainin
 tensors than the step before; they are put in place outside the timing. The variants are timed in
 turns within one process; conftest.py says how and why.
 
-    python -m pytest bench/bench_sgd.py [--quick]
+    python -m pytest bench/bench_sgd.py [--quick] [--device=cuda]
 """
 
 import itertools
 import math
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -19,6 +22,8 @@ import fastopt
 
 VARIANTS = ("fastopt", "for-loop", "foreach", "fused", "compile")
 STEPS_COMPARED = 5
+
+Call = Callable[[], object]
 
 
 def resnet50() -> list[tuple[int, ...]]:
@@ -39,6 +44,19 @@ def resnet50() -> list[tuple[int, ...]]:
     return [*shapes, (1000, 2048), (1000,)]
 
 
+def transformer(
+    width: int, blocks: int, embeddings: list[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """Embeddings, then blocks of attention and a four times wider MLP, each with its LayerNorm."""
+    block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+    block += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [*embeddings, *(block * blocks), (width,), (width,)]
+
+
+GPT2 = transformer(768, 12, [(50257, 768), (1024, 768)])  # 124,439,808 elements
+VIT_B16 = transformer(768, 12, [(1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,)])
+VIT_B16 += [(1000, 768), (1000,)]  # 86,567,656 elements
+
 LENET = [
     *[(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,)],
     *[(120, 400), (120,), (84, 120), (84,), (10, 84), (10,)],
@@ -57,11 +75,17 @@ class Case:
 
 
 quick = pytest.mark.quick
+cpu, cuda = pytest.mark.on("cpu"), pytest.mark.on("cuda")
 
 CASES = [
-    Case("float32 25M", [(25_000_000,)]),
-    Case("float32 8 x 12.5M", [(12_500_000,)] * 8),
-    Case("bfloat16 25M", [(25_000_000,)], torch.bfloat16),
+    pytest.param(Case("float32 25M", [(25_000_000,)]), marks=cpu),
+    pytest.param(Case("float32 8 x 12.5M", [(12_500_000,)] * 8), marks=cpu),
+    pytest.param(Case("bfloat16 25M", [(25_000_000,)], torch.bfloat16), marks=cpu),
+    pytest.param(Case("float32 100M", [(100_000_000,)]), marks=cuda),
+    pytest.param(Case("bfloat16 100M", [(100_000_000,)], torch.bfloat16), marks=cuda),
+    pytest.param(Case("float32 GPT-2 124M, 148 tensors", GPT2), marks=cuda),
+    pytest.param(Case("bfloat16 GPT-2 124M, 148 tensors", GPT2, torch.bfloat16), marks=cuda),
+    pytest.param(Case("float32 ViT-B/16, 152 tensors", VIT_B16), marks=cuda),
     Case("float32 ResNet-50, 161 tensors", resnet50()),
     # Compiling a step over a thousand tensors takes minutes.
     Case("float32 1000 x 64", [(64,)] * 1000, compile=False),
@@ -93,9 +117,9 @@ class Training:
             param.grad = grad
 
 
-def make_tensors(case: Case, seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def make_tensors(case: Case, seed: int, device: str) -> list[torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=random).to(dtype) for shape in case.shapes]
+    return [torch.randn(shape, generator=random).to(device, case.dtype) for shape in case.shapes]
 
 
 def exact_params(case: Case, params: list[torch.Tensor], grads: list[list[torch.Tensor]]):
@@ -109,12 +133,12 @@ def exact_params(case: Case, params: list[torch.Tensor], grads: list[list[torch.
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def measured(request, interleave, peak_memory) -> tuple[Case, dict[str, dict]]:
+def measured(request, device, interleave, peak_memory, launches) -> tuple[Case, dict[str, dict]]:
     """All that `record` wants to know of each variant of one case."""
     case = request.param
     torch.compiler.reset()
-    params = make_tensors(case, 0, case.dtype)
-    grads = [make_tensors(case, seed, case.dtype) for seed in (1, 2)]
+    params = make_tensors(case, 0, device)
+    grads = [make_tensors(case, seed, device) for seed in (1, 2)]
     variants = [variant for variant in VARIANTS if variant != "compile" or case.compile]
 
     trainings = {variant: Training(variant, params, grads) for variant in variants}
@@ -139,9 +163,24 @@ def measured(request, interleave, peak_memory) -> tuple[Case, dict[str, dict]]:
             "result_mb": 0.0,
             "param_error": error[variant],
             "same_bits_as_for_loop": same[variant],
+            **launches(training.step),
+            "host_us": host_time(training.step, device),
         }
         for variant, training in trainings.items()
     }
+
+
+def host_time(step: Call, device: str) -> float | None:
+    """Microseconds until a step's call returns while a GPU still works; median of many."""
+    if device == "cpu":
+        return None
+    seconds = []
+    for _ in range(21):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(seconds)
 
 
 def compare(

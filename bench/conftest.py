@@ -10,6 +10,7 @@ variant then enters its durations into pytest-benchmark through a clock that is 
 import contextlib
 import ctypes
 import gc
+import importlib.metadata
 import math
 import os
 import platform
@@ -23,11 +24,14 @@ import pytest
 import torch
 
 import fastopt
+import fastopt.ops
 
 SECONDS_PER_CASE, SECONDS_PER_CASE_QUICK = 6.0, 1.5
 SHORTEST_TURN = 2e-3  # seconds: calls are repeated until one turn of the fastest takes this long
 FEWEST_ROUNDS, FEWEST_ROUNDS_QUICK, MOST_ROUNDS = 21, 7, 300
-COPY_BYTES = 256 << 20  # eight times a 32 MB last-level cache, so that the copy is from memory
+# Eight times a CPU's last-level cache of 32 MB, or a GPU's of 128 MB: the copy is from memory.
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+COLD_BYTES = 256 << 20  # written between two calls on a GPU, so that none finds its data in L2
 
 Call = Callable[[], object]
 
@@ -50,17 +54,23 @@ CLOCK = Clock()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="a few cases, a short time for each")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: a case that --quick keeps")
+    config.addinivalue_line("markers", "on(device): a case of this device; of both without it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     dropped = []
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
-        if config.getoption("--quick") and not item.get_closest_marker("quick"):
+        elsewhere = any(
+            mark.args[0] != config.getoption("--device") for mark in item.iter_markers("on")
+        )
+        not_quick = config.getoption("--quick") and not item.get_closest_marker("quick")
+        if elsewhere or not_quick:
             dropped.append(item)
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=dropped)
@@ -72,6 +82,18 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     command = ["python -m pytest", *(os.path.relpath(arg, config.rootpath) for arg in config.args)]
     if config.getoption("--quick"):
         command.append("--quick")
+    gpu = {}
+    if config.getoption("--device") == "cuda":
+        command.append("--device=cuda")
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "gpu_memory_gb": round(properties.total_memory / 2**30),
+            "cuda": torch.version.cuda,
+            "triton": importlib.metadata.version("triton"),
+            "kernels": fastopt.ops.GPU_FAMILY,
+        }
     machine_info.clear()
     machine_info.update(
         cpu=cpu.get("brand_raw", platform.machine()),
@@ -84,23 +106,51 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         torch=torch.__version__,
         fastopt=fastopt.__version__,
         command=" ".join(command),
+        **gpu,
     )
 
 
 @pytest.fixture(scope="session")
-def copy_bandwidth() -> float:
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def stopwatch(device: str) -> Callable[[Call], float]:
+    """stopwatch(call) -> seconds. On a GPU between two events on its stream, starting from a cold
+    L2 and an idle stream: a call that keeps the GPU waiting for the host pays for it."""
+    if device == "cpu":
+        return _time
+    cold = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run(call: Call) -> float:
+        cold.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth(device: str, stopwatch: Callable[[Call], float]) -> float:
     """Bytes per second of torch's own copy between two warm buffers, read and write counted.
 
     The best of many, because it serves as the roof.
     """
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
     destination = source.clone()
-    seconds = min(_time(lambda: destination.copy_(source)) for _ in range(31))
-    return 2 * COPY_BYTES / seconds
+    seconds = min(stopwatch(lambda: destination.copy_(source)) for _ in range(31))
+    return 2 * source.nbytes / seconds
 
 
 @pytest.fixture(scope="session")
-def interleave(request: pytest.FixtureRequest) -> Callable[..., dict[str, list[float]]]:
+def interleave(
+    request: pytest.FixtureRequest, stopwatch: Callable[[Call], float]
+) -> Callable[..., dict[str, list[float]]]:
     """interleave(calls, before) -> seconds per call of each variant, one number per round.
 
     `before[variant]`, where given, runs before every call, outside the timing.
@@ -118,7 +168,7 @@ def interleave(request: pytest.FixtureRequest) -> Callable[..., dict[str, list[f
             for _ in range(repeats):
                 if prepare:
                     prepare()
-                seconds += _time(call)
+                seconds += stopwatch(call)
             return seconds / repeats
 
         for variant in calls:
@@ -142,12 +192,22 @@ def interleave(request: pytest.FixtureRequest) -> Callable[..., dict[str, list[f
 
 
 @pytest.fixture(scope="session")
-def peak_memory() -> Callable[[Call], float | None]:
+def peak_memory(device: str) -> Callable[[Call], float | None]:
     """peak_memory(call) -> MB by which the call raises the process above what it held before.
 
-    Read from the kernel's high-water mark of resident memory (Linux; None elsewhere), so that it
-    counts every buffer, whoever allocated it, and only the pages that were touched.
+    On a GPU as torch's allocator counts. On a CPU read from the kernel's high-water mark of
+    resident memory (Linux; None elsewhere), so that it counts every buffer, whoever allocated it,
+    and only the pages that were touched.
     """
+
+    def run_on_gpu(call: Call) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    if device == "cuda":
+        return run_on_gpu
 
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text()
@@ -163,6 +223,23 @@ def peak_memory() -> Callable[[Call], float | None]:
         before = resident("VmRSS")
         call()
         return (resident("VmHWM") - before) / 1024
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launches(device: str) -> Callable[[Call], dict[str, int]]:
+    """launches(call) -> how many kernels (copies and fills included) the call starts on a GPU."""
+
+    def run(call: Call) -> dict[str, int]:
+        if device == "cpu":
+            return {}
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        on_gpu = torch.autograd.DeviceType.CUDA
+        return {"launches": sum(event.device_type == on_gpu for event in profile.events())}
 
     return run
 

@@ -20,13 +20,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from targets import CPU_TARGETS, MEMORY_BEYOND_RESULT_MB
+from targets import (
+    CPU_TARGETS,
+    GPU_LARGE_SGD,
+    GPU_SHARE_OF_COPY,
+    GPU_TARGETS,
+    MEMORY_BEYOND_RESULT_MB,
+)
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 STOCK_SGD = ("for-loop", "foreach", "fused")
 TITLES = {"cross_entropy": "CrossEntropyLoss", "sgd": "SGD"}
 VARIANTS = {
-    "cross_entropy": ("fastopt", "eager", "compile"),
+    "cross_entropy": ("fastopt", "eager", "compile", "liger", "quack", "flash-attn"),
     "sgd": ("fastopt", *STOCK_SGD, "compile"),
 }
 NAMES = {"eager": "torch", "compile": "torch.compile"}  # others are called what they are
@@ -38,6 +44,9 @@ COLOURS = {
     "fused": "#1c7ed6",
     "compile": "#2b8a3e",
     "best of torch": "#1c7ed6",
+    "liger": "#9c36b5",
+    "quack": "#f08c00",
+    "flash-attn": "#0b7285",
 }
 TARGET_COLOUR = "#e03131"
 
@@ -68,9 +77,23 @@ class Results:
             case = self.cases[info["op"]].setdefault(row["group"], {})
             case[info["variant"]] = Entry(stats["median"], stats["iqr"], info)
 
+    def variants(self, op: str) -> list[str]:
+        """Those that were measured, in the order of VARIANTS."""
+        return [v for v in VARIANTS[op] if any(v in case for case in self.cases[op].values())]
+
+    def targets(self, op: str, name: str) -> dict[str, float]:
+        """What stock's time / fastopt's time must be at least, for each baseline."""
+        if "gpu" not in self.machine:
+            return CPU_TARGETS.get(name, {})
+        baselines = ("eager", "compile") if op == "cross_entropy" else ("for-loop", "best of torch")
+        return {baseline: GPU_TARGETS[baseline] for baseline in baselines}
+
     @property
     def slug(self) -> str:
-        """The kind of machine, as a folder name: cpu-amd-epyc-2c."""
+        """The kind of machine, as a folder name: cpu-amd-epyc-2c, gpu-nvidia-h200-triton."""
+        if "gpu" in self.machine:
+            gpu = re.findall(r"[a-z0-9]+", self.machine["gpu"].lower())
+            return "-".join(["gpu", *gpu, str(self.machine["kernels"])])
         name = re.sub(
             r"\((R|TM)\)|@.*|\bCPU\b|\d+-Core Processor|Processor", "", self.machine["cpu"]
         )
@@ -90,9 +113,18 @@ class Results:
         commit = self.commit["id"][:12] + (
             " with uncommitted changes" if self.commit["dirty"] else ""
         )
+        if "gpu" in m:
+            where = (
+                f"{m['gpu']}, {m['multiprocessors']} multiprocessors, {m['gpu_memory_gb']} GB, "
+                f"CUDA {m['cuda']}, Triton {m['triton']}, fastopt's kernels {m['kernels']}"
+            )
+        else:
+            where = (
+                f"{m['cpu']}, {m['threads']} threads on {m['cores']} cores, {m['memory_gb']} GB, "
+                f"torch's SIMD level {m['torch_simd']}"
+            )
         return (
-            f"{m['cpu']}, {m['threads']} threads on {m['cores']} cores, {m['memory_gb']} GB, "
-            f"torch's SIMD level {m['torch_simd']}, copy bandwidth {self.copy_gb_per_s:.1f} GB/s "
+            f"{where}, copy bandwidth {self.copy_gb_per_s:.1f} GB/s "
             f"(read + write); {m['system']}, Python {m['python']}, torch {m['torch']}, "
             f"fastopt {m['fastopt']} at commit {commit}; {self.date}; `{m['command']}`"
         )
@@ -131,9 +163,9 @@ def in_power(value: float | None) -> str:
     return "not finite" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
-def speed_table(op: str, cases: dict[str, dict[str, Entry]]) -> str:
-    others = VARIANTS[op][1:]
-    head = ["", *(f"{NAMES.get(v, v)}, median (spread)" for v in VARIANTS[op])]
+def speed_table(variants: list[str], cases: dict[str, dict[str, Entry]]) -> str:
+    others = variants[1:]
+    head = ["", *(f"{NAMES.get(v, v)}, median (spread)" for v in variants)]
     head += [f"{NAMES.get(v, v)} / fastopt" for v in others]
     rows = []
     for name, case in cases.items():
@@ -142,27 +174,32 @@ def speed_table(op: str, cases: dict[str, dict[str, Entry]]) -> str:
             + ("" if case[v].right else ", **wrong**")
             if v in case
             else ""
-            for v in VARIANTS[op]
+            for v in variants
         ]
         rows.append([name, *times, *(in_times(ratio(case, v)) for v in others)])
     return table(head, rows)
 
 
-def bandwidth_table(op: str, cases: dict[str, dict[str, Entry]]) -> str:
+def bandwidth_table(variants: list[str], cases: dict[str, dict[str, Entry]]) -> str:
     """What must be moved, how fast it was moved, and the memory taken on top of the inputs."""
     head = ["", "must move, MB", "fastopt, GB/s", "share of copy"]
-    head += [f"{NAMES.get(v, v)}, peak MB" for v in VARIANTS[op]]
+    head += [f"{NAMES.get(v, v)}, peak MB" for v in variants]
+    on_gpu = any("launches" in case["fastopt"].info for case in cases.values())
+    head += [f"{NAMES.get(v, v)}, launches" for v in variants] if on_gpu else []
     rows = []
     for name, case in cases.items():
         info = case["fastopt"].info
-        memory = [case[v].info["peak_mb"] if v in case else None for v in VARIANTS[op]]
+        memory = [case[v].info["peak_mb"] if v in case else None for v in variants]
         row = [name, in_three_digits(info["bytes_moved"] / 1e6), in_three_digits(info["gb_per_s"])]
         row += [f"{100 * info['share_of_copy']:.0f} %"]
-        rows.append(row + ["" if mb is None else f"{mb:.1f}" for mb in memory])
+        row += ["" if mb is None else f"{mb:.1f}" for mb in memory]
+        if on_gpu:
+            row += [str(case[v].info["launches"]) if v in case else "" for v in variants]
+        rows.append(row)
     return table(head, rows)
 
 
-def accuracy_table(op: str, cases: dict[str, dict[str, Entry]]) -> str:
+def accuracy_table(variants: list[str], cases: dict[str, dict[str, Entry]]) -> str:
     """Errors against float64, fastopt's beside that of each of torch's implementations."""
     errors = {
         "loss_error": "loss",
@@ -174,9 +211,9 @@ def accuracy_table(op: str, cases: dict[str, dict[str, Entry]]) -> str:
     for name, case in cases.items():
         for error, meaning in errors.items():
             if error in case["fastopt"].info:
-                cells = [in_power(case[v].info[error]) if v in case else "" for v in VARIANTS[op]]
+                cells = [in_power(case[v].info[error]) if v in case else "" for v in variants]
                 rows.append([f"{name}: {meaning}", *cells])
-    return table(["", *(NAMES.get(variant, variant) for variant in VARIANTS[op])], rows)
+    return table(["", *(NAMES.get(variant, variant) for variant in variants)], rows)
 
 
 def halves(cases: dict[str, dict[str, Entry]]) -> dict[str, dict[str, Entry]]:
@@ -184,16 +221,31 @@ def halves(cases: dict[str, dict[str, Entry]]) -> dict[str, dict[str, Entry]]:
     return {name: case for name, case in cases.items() if case["fastopt"].info["dtype"] in kinds}
 
 
+def share_of_copy_target(name: str, info: dict) -> float | None:
+    if info["op"] == "sgd":
+        return GPU_SHARE_OF_COPY["sgd"] if name in GPU_LARGE_SGD else None
+    if info["dtype"] == "bfloat16" and info.get("classes", 0) >= 4096:
+        return GPU_SHARE_OF_COPY.get(info["mode"])
+    return None
+
+
 def target_table(results: Results) -> str:
     rows = []
-    for case_name, case in (pair for op in results.cases.values() for pair in op.items()):
-        for baseline, floor in CPU_TARGETS.get(case_name, {}).items():
-            measured = ratio(case, baseline)
-            if measured is None:
-                continue
-            verdict = "reached" if measured >= floor else "**not reached**"
-            name = NAMES.get(baseline, baseline)
-            rows.append([case_name, name, f"{floor:g} x", in_times(measured), verdict])
+    for op, cases in results.cases.items():
+        for case_name, case in cases.items():
+            for baseline, floor in results.targets(op, case_name).items():
+                measured = ratio(case, baseline)
+                if measured is None:
+                    continue
+                verdict = "reached" if measured >= floor else "**not reached**"
+                name = NAMES.get(baseline, baseline)
+                rows.append([case_name, name, f"{floor:g} x", in_times(measured), verdict])
+            share = share_of_copy_target(case_name, case["fastopt"].info)
+            if "gpu" in results.machine and share is not None:
+                reached = case["fastopt"].info["share_of_copy"]
+                verdict = "reached" if reached >= share else "**not reached**"
+                percent = [f"{100 * value:.0f} %" for value in (share, reached)]
+                rows.append([case_name, "copy bandwidth", *percent, verdict])
     return table(["", "against", "at least", "measured", ""], rows)
 
 
@@ -226,27 +278,28 @@ largest element; the gradient's median element's to itself. Smaller is better.
 
 
 def report(results: Results) -> str:
-    parts = [f"# Benchmarks on {results.machine['cpu']}, {results.machine['cores']} cores\n"]
+    m = results.machine
+    parts = [f"# Benchmarks on {m.get('gpu') or m['cpu'] + ', ' + str(m['cores']) + ' cores'}\n"]
     parts += [results.provenance + ".\n", TIME_NOTE]
     parts.append("![Speed-up of every case](speedup.png)\n")
     for op, title in TITLES.items():
         if results.cases[op]:
-            parts += [f"## {title}: time\n", speed_table(op, results.cases[op])]
+            parts += [f"## {title}: time\n", speed_table(results.variants(op), results.cases[op])]
     parts += ["## Targets\n", target_table(results)]
     parts += ["## Distance from the physical limit\n", LIMIT_NOTE]
     parts.append("![Achieved bandwidth](bandwidth.png)\n")
     for op, title in TITLES.items():
         if results.cases[op]:
-            parts += [f"### {title}\n", bandwidth_table(op, results.cases[op])]
+            parts += [f"### {title}\n", bandwidth_table(results.variants(op), results.cases[op])]
     parts += ["### Memory of fastopt beyond its result\n", memory_table(results)]
     parts += ["## Half precision: error against float64\n", ERROR_NOTE]
     for op in TITLES:
         if halves(results.cases[op]):
-            parts.append(accuracy_table(op, halves(results.cases[op])))
+            parts.append(accuracy_table(results.variants(op), halves(results.cases[op])))
     parts.append("## Every dtype: error against float64\n")
     for op in TITLES:
         if results.cases[op]:
-            parts.append(accuracy_table(op, results.cases[op]))
+            parts.append(accuracy_table(results.variants(op), results.cases[op]))
     return "\n".join(parts)
 
 
@@ -296,7 +349,7 @@ def draw_speedup(results: Results, path: Path) -> None:
                 value = ratio(case, baseline)
                 if value is None:
                     continue
-                target = CPU_TARGETS.get(name, {}).get(baseline, 1)
+                target = results.targets(op, name).get(baseline, 1)
                 axes.barh(y, value - 1, left=1, height=0.38, color=COLOURS[baseline])
                 if target != 1:
                     axes.plot([target] * 2, [y - 0.19, y + 0.19], color="white", lw=3.4)
@@ -344,7 +397,7 @@ def draw_bandwidth(results: Results, path: Path) -> None:
     figure = Figure(figsize=(5.5 * len(ops), 4.8), layout="constrained")
     panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]
     for panel, op in zip(panels, ops, strict=True):
-        for variant in VARIANTS[op]:
+        for variant in results.variants(op):
             entries = [case[variant] for case in results.cases[op].values() if variant in case]
             panel.scatter(
                 [entry.info["bytes_moved"] for entry in entries],

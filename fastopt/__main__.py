@@ -13,35 +13,32 @@ from fastopt import loss, ops, optim
 ENVIRONMENT = {
     "FASTOPT_ALWAYS": "calls too small for our kernels to win go to torch's own",
     "FASTOPT_SIMD": "the best SIMD level of this CPU",
-    "FASTOPT_BACKEND": "the compiled kernels, where they were built",
+    "FASTOPT_BACKEND": "the compiled kernels where they were built, else Triton's (GPU)",
     "FASTOPT_LIBRARY": "the library in the package",
+    "FASTOPT_DEBUG": "on a GPU, labels out of range make the loss NaN, and nothing waits for it",
 }
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # and the dispatcher's key of each
-OPS = (
-    "cross_entropy_forward",
-    "cross_entropy_forward_backward",
-    "cross_entropy_backward",
-    "cross_entropy_backward_target",
-)
+GPU_KERNELS = {"cuda": "CUDA C++", "triton": "Triton"}
 
 
-def library(device: str) -> str:
-    if device == "cuda":
-        return "not built: fastopt has no CUDA kernels yet"
-    if ops.CPU_LIBRARY is None:
-        return f"not loaded: {ops.CPU_LIBRARY_ERROR}"
-    return f"{ops.CPU_LIBRARY} (SIMD level {ops.simd_level()})"
+def libraries() -> list[list[str]]:
+    cpu = f"{ops.CPU_LIBRARY} (SIMD level {ops.simd_level()})"
+    return [
+        ["cpu", cpu if ops.CPU_LIBRARY else f"not loaded: {ops.CPU_LIBRARY_ERROR}"],
+        ["cuda", str(ops.CUDA_LIBRARY or f"not loaded: {ops.CUDA_LIBRARY_ERROR}")],
+        ["triton", f"not used: {ops.TRITON_ERROR}" if ops.TRITON_ERROR else "serves GPUs"],
+    ]
 
 
 def op_kernel(op: str, device: str) -> str:
     """What answers torch.ops.fastopt.<op> on this device: the dispatcher knows."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastopt::{op}", DEVICES[device]):
-        return f"C++, {ops.simd_level()}"
+        return GPU_KERNELS[ops.GPU_FAMILY or ""] if device == "cuda" else f"C++, {ops.simd_level()}"
     return "reference"
 
 
 def cross_entropy_kernel(device: str) -> str:
-    if device == "cpu" and loss._AVAILABLE:
+    if loss._ON_GPU if device == "cuda" else loss._ON_CPU:
         return op_kernel("cross_entropy_forward", device)
     return "torch's own"
 
@@ -61,12 +58,12 @@ def table(rows: list[list[str]]) -> str:
 
 
 def report() -> str:
-    libraries = [[device, library(device)] for device in DEVICES]
     kernels = [["", *DEVICES]]
     kernels += [["fastopt.cross_entropy", *map(cross_entropy_kernel, DEVICES)]]
     kernels += [["fastopt.SGD", *map(sgd_kernel, DEVICES)]]
     kernels += [
-        [f"torch.ops.fastopt.{op}", *(op_kernel(op, device) for device in DEVICES)] for op in OPS
+        [f"torch.ops.fastopt.{op}", *(op_kernel(op, device) for device in DEVICES)]
+        for op in ops.OPS
     ]
     environment = [
         [name, os.environ.get(name, f"not set: {meaning}")] for name, meaning in ENVIRONMENT.items()
@@ -76,7 +73,7 @@ def report() -> str:
 fastopt {fastopt.__version__}, torch {torch.__version__}, {machine}
 
 libraries
-{table(libraries)}
+{table(libraries())}
 
 kernels
 {table(kernels)}

@@ -34,12 +34,17 @@ __all__ = ["CrossEntropyLoss", "cross_entropy"]
 _FEW_CLASSES = 16
 _MIN_LOGITS_OF_FEW_CLASSES = 2560
 _MIN_COST_OF_MANY_CLASSES, _ROW_COST = 80_000, 96  # in logits
+# On GPUs a call costs tens of microseconds of Python whatever its size; stock's passes over a
+# million half precision logits, 18 MB at some 3 TB/s, cost 6. An estimate, not yet measured.
+_MIN_LOGITS_ON_GPU = 1 << 20
 
 
-def _is_too_small(count: int, classes: int) -> bool:
+def _is_too_small(count: int, classes: int, cuda: bool = False) -> bool:
     """Whether stock is faster for this many logits. Never under FASTOPT_ALWAYS."""
     if ops.ALWAYS:
         return False
+    if cuda:
+        return count < _MIN_LOGITS_ON_GPU
     if classes < _FEW_CLASSES:
         return count < _MIN_LOGITS_OF_FEW_CLASSES
     return count + count // classes * _ROW_COST < _MIN_COST_OF_MANY_CLASSES
@@ -48,7 +53,8 @@ def _is_too_small(count: int, classes: int) -> bool:
 # What no rule would let through, to be asked before anything else.
 _MIN_LOGITS = 1 if ops.ALWAYS else _MIN_LOGITS_OF_FEW_CLASSES
 
-_AVAILABLE = ops.CPU_LIBRARY is not None or ops.BACKEND == "reference"
+_ON_CPU = ops.CPU_LIBRARY is not None or ops.BACKEND == "reference"
+_ON_GPU = ops.GPU_FAMILY is not None or ops.BACKEND == "reference"
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
@@ -105,7 +111,9 @@ def cross_entropy(
         dtype (promoted with probabilities; float32 under autocast, as stock has it).
 
     Raises:
-        IndexError: a class index outside [0, C) that is not ignore_index.
+        IndexError: a class index outside [0, C) that is not ignore_index. On a GPU, where finding
+            out would mean waiting for it, only under FASTOPT_DEBUG=1; otherwise the loss and that
+            row's gradient are NaN.
         Whatever torch.nn.functional.cross_entropy raises for the same arguments.
 
     Differences from stock, all on the side of accuracy: half precision accumulates and counts in
@@ -126,14 +134,18 @@ def _serves(
     logits: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
 ) -> bool:
     """Whether stock accepts this call and our kernels cover it. Cheapest questions first."""
-    if type(logits) not in _TENSOR_TYPES or logits.numel() < _MIN_LOGITS or not _AVAILABLE:
+    if type(logits) not in _TENSOR_TYPES or logits.numel() < _MIN_LOGITS:
         return False
     if type(target) not in _TENSOR_TYPES or has_torch_function_variadic(logits, target, weight):
         return False
     dtype, target_dtype = logits.dtype, target.dtype
+    cuda = logits.is_cuda
     if (
-        not logits.is_cpu
-        or not target.is_cpu
+        not (
+            _ON_GPU and target.is_cuda and logits.device == target.device
+            if cuda
+            else _ON_CPU and logits.is_cpu and target.is_cpu
+        )
         or dtype not in _DTYPES
         or logits.layout is not torch.strided
         or target.layout is not torch.strided
@@ -149,7 +161,7 @@ def _serves(
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
         return False
     shape, target_shape = logits.shape, target.shape
-    if not shape or _is_too_small(logits.numel(), shape[0 if len(shape) == 1 else 1]):
+    if not shape or _is_too_small(logits.numel(), shape[0 if len(shape) == 1 else 1], cuda):
         return False
     if target_dtype is torch.int64:
         if len(target_shape) != len(shape) - 1 or (
@@ -166,16 +178,19 @@ def _serves(
     return weight is None or (
         type(weight) in _TENSOR_TYPES
         and not weight.requires_grad
-        and weight.is_cpu
+        and weight.device == logits.device
         and weight.layout is torch.strided
         and weight.shape == (shape[0 if len(shape) == 1 else 1],)
-        and _loss_dtype(weight.dtype) == _loss_dtype(dtype)
+        and _loss_dtype(weight) == _loss_dtype(logits)
     )
 
 
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    """CPU autocast runs the whole of stock's op in float32."""
-    return torch.float32 if dtype in _HALF and torch.is_autocast_enabled("cpu") else dtype
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which stock would give the loss of these logits, probabilities or weights:
+    autocast, where it is on, runs the loss in float32.
+    """
+    dtype = x.dtype
+    return torch.float32 if dtype in _HALF and torch.is_autocast_enabled(x.device.type) else dtype
 
 
 def _cross_entropy(
@@ -186,9 +201,11 @@ def _cross_entropy(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    loss_dtype = _loss_dtype(logits.dtype)
+    loss_dtype = _loss_dtype(logits)
     if target.dtype is not torch.int64:
-        loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target.dtype))
+        loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target))
+    elif ops.DEBUG and logits.is_cuda:
+        _check_labels(target, logits.shape[0 if logits.dim() == 1 else 1], ignore_index)
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()
     options = (ignore_index, label_smoothing, _REDUCTIONS[reduction], loss_dtype)
@@ -199,6 +216,13 @@ def _cross_entropy(
     if reduction == "none" or logits.dtype is torch.float16 or target.requires_grad:
         return _Recompute.apply(logits, target, weight, options)
     return _GradientInForward.apply(logits, target, weight, options)
+
+
+def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """FASTOPT_DEBUG=1 waits for the GPU to find what its kernels answer with NaN."""
+    wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+    if wrong.numel():
+        raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -235,6 +259,8 @@ class _GradientInForward(torch.autograd.Function):
         # is_grads_batched) has no value of its own.
         if _keeps_graph() or _is_batched(grad_loss):
             grad_logits = grad_logits * grad_loss
+        elif grad_logits.is_cuda:
+            ops.cross_entropy_scale_(grad_logits, grad_loss)  # no value of a GPU on the host
         elif grad_loss.item() != 1:
             grad_logits = grad_logits.mul_(grad_loss)
         return grad_logits, None, None, None
@@ -279,7 +305,7 @@ class _Recompute(torch.autograd.Function):
 def _differentiable_backward(ctx, grad_loss, logits, target, weight):
     """Gradients that can be differentiated again (create_graph): through stock."""
     ignore_index, label_smoothing, reduction, loss_dtype = ctx.options
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
         loss = F.cross_entropy(
             logits.to(loss_dtype),
             target.to(loss_dtype) if target.is_floating_point() else target,

@@ -2,18 +2,23 @@
 and which kernel serves which device.
 
 The dispatcher is the table of kernels. The C++ library registers its kernels under the CPU key;
-plain torch (reference.py) sits at the default key and serves every device without kernels.
-Schemas are defined here, before any graph is captured. Meaning (what stock accepts, promotion,
-errors) is decided in loss.py; memory safety in the C++ launchers.
+the CUDA library, or without it the Triton launchers (fastopt/kernels), under the CUDA key, which
+is ROCm's too; plain torch (reference.py) sits at the default key and serves every device without
+kernels. Schemas are defined here, before any graph is captured. Meaning (what stock accepts,
+promotion, errors) is decided in loss.py; memory safety in the launchers.
 
 SGD has no op: its step passes one table of raw addresses, which no kernel could check, so it must
 not be callable as torch.ops (see optim.py).
 """
 
 import ctypes
+import importlib
+import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +27,10 @@ from fastopt import reference
 
 # All read once: changing the environment later changes nothing.
 ALWAYS = os.environ.get("FASTOPT_ALWAYS") == "1"
+DEBUG = os.environ.get("FASTOPT_DEBUG") == "1"
 BACKEND = os.environ.get("FASTOPT_BACKEND") or None
-if BACKEND not in (None, "reference"):
-    raise ValueError(f"FASTOPT_BACKEND must be reference or unset, got {BACKEND!r}")
+if BACKEND not in (None, "cuda", "triton", "reference"):
+    raise ValueError(f"FASTOPT_BACKEND must be cuda, triton, reference or unset, got {BACKEND!r}")
 
 _OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, int reduction"
 _KEPT = "Tensor row_max, Tensor row_sum, Tensor total_weight"
@@ -51,12 +57,17 @@ _library.define(
     "cross_entropy_backward_target(Tensor grad_loss, Tensor logits, Tensor target,"
     f" {_OPTIONS}, {_KEPT}) -> Tensor grad_target"
 )
-for _name in (
+# In place, by a 0-dim upstream gradient that stays on the device; 1 costs nothing noticeable.
+_library.define("cross_entropy_scale_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()")
+
+OPS = (
     "cross_entropy_forward",
     "cross_entropy_forward_backward",
     "cross_entropy_backward",
     "cross_entropy_backward_target",
-):
+    "cross_entropy_scale_",
+)
+for _name in OPS:
     torch.library.impl(f"fastopt::{_name}", "default", getattr(reference, _name), lib=_library)
 
 
@@ -64,10 +75,23 @@ def _load_cpu_library() -> tuple[Path | None, str | None]:
     if BACKEND == "reference":
         return None, "FASTOPT_BACKEND=reference"
     path = Path(os.environ.get("FASTOPT_LIBRARY") or Path(__file__).with_name("_C.so"))
+    if "FASTOPT_LIBRARY" in os.environ and not path.exists():
+        return None, f"FASTOPT_LIBRARY={path} does not exist"
+    return _load(path, "torch or a C++ compiler was missing")
+
+
+def _load_cuda_library() -> tuple[Path | None, str | None]:
+    if BACKEND not in (None, "cuda"):
+        return None, f"FASTOPT_BACKEND={BACKEND}"
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is not one for CUDA"
+    path = Path(__file__).with_name("_CUDA.so")
+    return _load(path, "torch for CUDA, a CUDA toolkit or a C++ compiler was missing")
+
+
+def _load(path: Path, missing: str) -> tuple[Path | None, str | None]:
     if not path.exists():
-        if "FASTOPT_LIBRARY" in os.environ:
-            return None, f"FASTOPT_LIBRARY={path} does not exist"
-        return None, f"{path.name} was not built (torch or a C++ compiler was missing)"
+        return None, f"{path.name} was not built ({missing})"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -80,6 +104,39 @@ def _load_cpu_library() -> tuple[Path | None, str | None]:
 
 
 CPU_LIBRARY, CPU_LIBRARY_ERROR = _load_cpu_library()
+CUDA_LIBRARY, CUDA_LIBRARY_ERROR = _load_cuda_library()
+
+
+def _why_not_triton() -> str | None:
+    """Why the Triton kernels do not serve GPUs; None where they do."""
+    if CUDA_LIBRARY is not None:
+        return "the CUDA library serves"
+    if BACKEND not in (None, "triton"):
+        return f"FASTOPT_BACKEND={BACKEND}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is not one for GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+TRITON_ERROR = _why_not_triton()
+# The family of kernels that serves GPUs: cuda, triton, or None.
+GPU_FAMILY = "cuda" if CUDA_LIBRARY is not None else "triton" if TRITON_ERROR is None else None
+
+
+def _triton_launcher(name: str) -> Callable[..., Any]:
+    """Triton is imported by the first call: it takes a second, and may be broken."""
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module("fastopt.kernels.cross_entropy"), name)(*arguments)
+
+    return launch
+
+
+if GPU_FAMILY == "triton":
+    for _name in OPS:
+        torch.library.impl(f"fastopt::{_name}", "CUDA", _triton_launcher(_name), lib=_library)
 
 
 def simd_level() -> str | None:
@@ -123,7 +180,13 @@ def _(grad_loss, logits, target, *options_and_kept):
     return reference.empty_gradient(target)
 
 
+@torch.library.register_fake("fastopt::cross_entropy_scale_", lib=_library)
+def _(grad_logits, grad_loss):
+    return None
+
+
 cross_entropy_forward = torch.ops.fastopt.cross_entropy_forward.default
 cross_entropy_forward_backward = torch.ops.fastopt.cross_entropy_forward_backward.default
 cross_entropy_backward = torch.ops.fastopt.cross_entropy_backward.default
 cross_entropy_backward_target = torch.ops.fastopt.cross_entropy_backward_target.default
+cross_entropy_scale_ = torch.ops.fastopt.cross_entropy_scale_.default

@@ -129,6 +129,10 @@ def cross_entropy_forward_backward(
     return loss, cross_entropy_backward(loss.new_ones(()), logits, target, *options, *kept)
 
 
+def cross_entropy_scale_(grad_logits: Tensor, grad_loss: Tensor) -> None:
+    grad_logits.mul_(grad_loss)
+
+
 def _divisor(total_weight: Tensor, label_smoothing: float) -> Tensor:
     """What the mean divides by: weights that add up to 0 make label smoothing's part NaN."""
     nothing = (total_weight == 0) & (label_smoothing > 0)

@@ -146,9 +146,19 @@ def call_op(op: str, keywords: dict[str, object]) -> object:
 def test_these_are_all_the_ops() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.removeprefix("fastopt::") for name in names if name.startswith("fastopt::")}
-    assert registered == set(OPS)
-    for op in OPS:
+    assert registered == {*OPS, "cross_entropy_scale_"} == set(fastopt.ops.OPS)
+    for op in OPS:  # cross_entropy_scale_ is for GPUs: on a CPU backward looks at the value itself
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastopt::{op}", "CPU")
+
+
+def test_scaling_a_gradient_in_place() -> None:
+    grad_logits = torch.randn(3, 5)
+    expected = grad_logits * 0.25
+    assert torch.ops.fastopt.cross_entropy_scale_(grad_logits, torch.tensor(0.25)) is None
+    assert torch.equal(grad_logits, expected)
+    torch.library.opcheck(
+        torch.ops.fastopt.cross_entropy_scale_.default, (grad_logits, torch.tensor(0.25))
+    )
 
 
 @pytest.mark.slow

@@ -52,7 +52,8 @@ def test_report_names_versions_library_and_kernels(plain_report: str) -> None:
     assert f"fastopt {fastopt.__version__}, torch {torch.__version__}" in plain_report
     for name in KERNELS:
         assert f"C++, {level_in_use(plain_report)}" in row(plain_report, name)
-    assert "not built" in row(plain_report, "cuda")
+    assert ("not loaded: " in row(plain_report, "cuda")) == (fastopt.ops.CUDA_LIBRARY is None)
+    assert ("not used: " in row(plain_report, "triton")) == (fastopt.ops.GPU_FAMILY != "triton")
     assert "not set" in row(plain_report, "FASTOPT_ALWAYS")
 
 

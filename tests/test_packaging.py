@@ -34,6 +34,7 @@ import json, sys
 import torch
 before = set(sys.modules)
 import fastopt, fastopt.ops
+imported = set(sys.modules) - before
 
 torch.manual_seed(0)
 logits = torch.randn(64, 100, requires_grad=True)
@@ -63,7 +64,7 @@ print(json.dumps({
     "version": fastopt.__version__,
     "library": str(fastopt.ops.CPU_LIBRARY) if fastopt.ops.CPU_LIBRARY else None,
     "reason": fastopt.ops.CPU_LIBRARY_ERROR,
-    "triton": any(name.split(".")[0] == "triton" for name in set(sys.modules) - before),
+    "triton": any(name.split(".")[0] == "triton" for name in imported),
     "cuda": torch.cuda.is_initialized(),
 }))
 """
@@ -214,7 +215,7 @@ def test_without_a_compiler_a_required_build_fails(source: Path, tmp_path: Path)
     output = run(*command, cwd=source, expect=1, PATH=str(nothing), FASTOPT_BUILD="cpu")
     assert "no C++ compiler was found" in output and "Traceback" not in output
     output = run(*command, cwd=source, expect=1, FASTOPT_BUILD="gpu")
-    assert "FASTOPT_BUILD must be cpu or unset, got 'gpu'" in output
+    assert "FASTOPT_BUILD must be cpu, cuda or unset, got 'gpu'" in output
 
 
 def test_without_torch_a_pure_wheel_is_built(
