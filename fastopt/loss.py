@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction
-from torch.overrides import has_torch_function_variadic
+from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
+from torch.utils._device import DeviceContext
 
 from fastopt import ops
 
@@ -136,7 +137,9 @@ def _serves(
     """Whether stock accepts this call and our kernels cover it. Cheapest questions first."""
     if type(logits) not in _TENSOR_TYPES or logits.numel() < _MIN_LOGITS:
         return False
-    if type(target) not in _TENSOR_TYPES or has_torch_function_variadic(logits, target, weight):
+    if type(target) not in _TENSOR_TYPES:
+        return False
+    if has_torch_function_variadic(logits, target, weight) and not _only_a_default_device(weight):
         return False
     dtype, target_dtype = logits.dtype, target.dtype
     cuda = logits.is_cuda
@@ -182,6 +185,17 @@ def _serves(
         and weight.layout is torch.strided
         and weight.shape == (shape[0 if len(shape) == 1 else 1],)
         and _loss_dtype(weight) == _loss_dtype(logits)
+    )
+
+
+def _only_a_default_device(weight: Any) -> bool:
+    """Whether torch.set_default_device, a mode that leaves this call alone, is all that torch's
+    overrides would call: no other mode, no subclass.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and (weight is None or type(weight) in _TENSOR_TYPES)
+        and all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
     )
 
 

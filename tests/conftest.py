@@ -1,4 +1,8 @@
-"""Settings of the whole suite: markers, seeds, and which tests run in which mode."""
+"""Settings of the whole suite: markers, seeds, and which tests run in which mode.
+
+FASTOPT_TEST_DEVICE=cuda makes a GPU torch's default device, so that the tests of values (`make
+gpu-test` names them) check the kernels there.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +40,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under FASTOPT_ALWAYS=1 there is no crossover, so its tests belong to the other run."""
-    if fastopt.ops.ALWAYS:
-        crossover = [item for item in items if item.get_closest_marker("crossover")]
-        config.hook.pytest_deselected(items=crossover)
-        items[:] = [item for item in items if item not in crossover]
+    """Under FASTOPT_ALWAYS=1 there is no crossover, so its tests belong to the other run; tests of
+    a GPU to `make gpu-test`.
+    """
+    out = [
+        item
+        for item in items
+        if (fastopt.ops.ALWAYS and item.get_closest_marker("crossover"))
+        or (item.get_closest_marker("gpu") and not torch.cuda.is_available())
+    ]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> Iterator[None]:
     """Every test starts from the same random state and leaves torch's settings as they were."""
+    if "FASTOPT_TEST_DEVICE" in os.environ:
+        torch.set_default_device(os.environ["FASTOPT_TEST_DEVICE"])
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     yield

@@ -1,4 +1,8 @@
-"""What the cross-entropy tests share: inputs, memory layouts, options, and the check itself."""
+"""What the cross-entropy tests share: inputs, memory layouts, options, and the check itself.
+
+Inputs are made on the CPU, so that they are the same everywhere, and moved to torch's default
+device (see conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,13 @@ def dtype_name(value: object) -> str:
 def make_logits(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Random logits with three outliers a row, so that the softmax is not nearly uniform."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(*shape, generator=generator) * 2
+    logits = torch.randn(*shape, generator=generator, device="cpu") * 2
     classes = logits.movedim(class_dim(logits), -1)
     if classes.numel():
-        at = torch.randint(classes.shape[-1], (*classes.shape[:-1], 3), generator=generator)
+        outliers = (*classes.shape[:-1], 3)
+        at = torch.randint(classes.shape[-1], outliers, generator=generator, device="cpu")
         classes.scatter_(-1, at, classes.gather(-1, at) * 5)
-    return logits.to(dtype)
+    return logits.to(torch.get_default_device(), dtype)
 
 
 def make_target(logits: Tensor, seed: int = 1) -> Tensor:
@@ -40,31 +45,31 @@ def make_target(logits: Tensor, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     dim = class_dim(logits)
     shape = [size for axis, size in enumerate(logits.shape) if axis != dim]
-    target = torch.randint(max(logits.shape[dim], 1), shape, generator=generator)
+    target = torch.randint(max(logits.shape[dim], 1), shape, generator=generator, device="cpu")
     flat = target.view(-1)
     if flat.numel():
         flat[0] = max(logits.shape[dim] - 1, 0)
     if flat.numel() > 1:
         flat[-1] = 0
-    return target
+    return target.to(logits.device)
 
 
 def make_probabilities(logits: Tensor, dtype: torch.dtype | None = None, seed: int = 2) -> Tensor:
     """Probability targets shaped like the logits."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(*logits.shape, generator=generator) * 2
-    return scores.softmax(class_dim(logits)).to(dtype or logits.dtype)
+    scores = torch.randn(*logits.shape, generator=generator, device="cpu") * 2
+    return scores.softmax(class_dim(logits)).to(logits.device, dtype or logits.dtype)
 
 
 def make_weight(classes: int, dtype: torch.dtype, kind: str = "random") -> Tensor:
     """Class weights: positive, with every third one zero, or of both signs."""
     generator = torch.Generator().manual_seed(3)
-    weight = torch.rand(classes, generator=generator) + 0.25
+    weight = torch.rand(classes, generator=generator, device="cpu") + 0.25
     if kind == "zeros":
         weight[::3] = 0
     elif kind == "negative":
         weight[1::2] *= -0.5
-    return weight.to(dtype)
+    return weight.to(torch.get_default_device(), dtype)
 
 
 def class_dim(logits: Tensor) -> int:
@@ -77,7 +82,7 @@ def class_dim(logits: Tensor) -> int:
 
 
 def _inside(logits: Tensor, buffer_shape: Sequence[int], window: tuple[slice, ...]) -> Tensor:
-    buffer = torch.full(buffer_shape, math.nan, dtype=logits.dtype)
+    buffer = torch.full(buffer_shape, math.nan, dtype=logits.dtype, device=logits.device)
     buffer[window] = logits
     return buffer[window]
 
@@ -173,8 +178,8 @@ class Options:
         """The target with its ignored rows, and the keyword arguments of the call."""
         if self.ignored:
             generator = torch.Generator().manual_seed(4)
-            ignored = torch.rand(target.shape, generator=generator) < self.ignored
-            target = target.masked_fill(ignored, self.ignore_index)
+            ignored = torch.rand(target.shape, generator=generator, device="cpu") < self.ignored
+            target = target.masked_fill(ignored.to(target.device), self.ignore_index)
         keywords: dict[str, object] = {"label_smoothing": self.label_smoothing}
         if not target.is_floating_point():
             keywords["ignore_index"] = self.ignore_index
@@ -238,7 +243,8 @@ def differentiate(
 def random_upstream(loss: Tensor) -> Tensor:
     """A different factor for every row, the same in every dtype that can hold eighths."""
     generator = torch.Generator().manual_seed(5)
-    return (torch.randint(-16, 17, loss.shape, generator=generator) / 8).to(loss.dtype)
+    eighths = torch.randint(-16, 17, loss.shape, generator=generator, device="cpu")
+    return (eighths / 8).to(loss.device, loss.dtype)
 
 
 def exact(result_of: Callable[..., Result], *args: Tensor, **keywords: object) -> Result:

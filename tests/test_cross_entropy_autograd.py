@@ -609,3 +609,27 @@ def test_export() -> None:
     target = make_target(logits)
     exported = torch.export.export(fastopt.CrossEntropyLoss(), (logits, target)).module()
     torch.testing.assert_close(exported(logits, target), F.cross_entropy(logits, target))
+
+
+def test_a_default_device_changes_nothing() -> None:
+    # It is a torch function mode, and users set it in the first line of their scripts.
+    logits = make_logits((64, 100), torch.bfloat16)
+    target = make_target(logits)
+    with torch.device("cpu"):
+        loss = fastopt.cross_entropy(logits.requires_grad_(), target)
+    assert torch.equal(loss, fastopt.cross_entropy(logits, target))
+    assert "_GradientInForward" in type(loss.grad_fn).__name__
+
+
+def test_other_function_modes_see_the_call() -> None:
+    calls = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    logits = make_logits((64, 100))
+    with Recorder():
+        fastopt.cross_entropy(logits, make_target(logits))
+    assert F.cross_entropy in calls
