@@ -13,7 +13,14 @@ LEVEL_TESTS := tests/test_cross_entropy.py tests/test_sgd.py
 SANITIZE_TESTS := $(LEVEL_TESTS) $(foreach part,errors ops memory threads, \
 	$(wildcard tests/test_cross_entropy_$(part).py tests/test_sgd_$(part).py))
 
+# On a machine with a GPU, with that machine's own Python: torch for CUDA or ROCm, Triton, pytest,
+# pytest-benchmark, hypothesis and matplotlib have to be there; nothing is downloaded.
+GPU_PYTHON ?= python3
+FAMILIES ?= cuda triton
+OUT ?= bench/results
+
 .PHONY: demo test bench build lint format sanitize wheel clean
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 demo: build
 	$(BIN)/python bench/train_digits.py
@@ -62,6 +69,37 @@ wheel: .venv/.installed
 	rm -rf dist build/lib*
 	FASTOPT_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 	$(PYTEST) tests/test_packaging.py
+
+# Everything that only hardware can show. The parts can be run alone.
+gpu: gpu-test gpu-sanitize gpu-bench
+
+gpu-build:
+	FASTOPT_BUILD=cuda $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m fastopt
+
+gpu-test: gpu-build
+	for family in $(FAMILIES); do \
+	  echo "== $$family"; export FASTOPT_ALWAYS=1 FASTOPT_BACKEND=$$family; \
+	  $(GPU_PYTHON) -m pytest --quiet tests/test_gpu.py || exit 1; \
+	  FASTOPT_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest --quiet tests/test_cross_entropy.py \
+	    -m "not slow" || exit 1; \
+	done
+
+# Every allocation by itself, so that a step out of bounds leaves it. memcheck looks for that,
+# racecheck for shared memory that is read before it was written.
+gpu-sanitize: gpu-build
+	for tool in memcheck racecheck; do \
+	  FASTOPT_ALWAYS=1 FASTOPT_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest --quiet \
+	    tests/test_gpu.py -k "same_bits or out_of_range_give_nan or sgd_trains" || exit 1; \
+	done
+
+gpu-bench: gpu-build
+	for family in $(FAMILIES); do \
+	  FASTOPT_BACKEND=$$family $(GPU_PYTHON) -m pytest --quiet bench/bench_*.py --device=cuda \
+	    --benchmark-json=build/bench-$$family.json $(BENCH) && \
+	  $(GPU_PYTHON) bench/report.py build/bench-$$family.json --results $(OUT) || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info fastopt/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

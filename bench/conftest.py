@@ -26,7 +26,8 @@ import torch
 import fastopt
 import fastopt.ops
 
-SECONDS_PER_CASE, SECONDS_PER_CASE_QUICK = 6.0, 1.5
+SECONDS_PER_CASE = {"cpu": 6.0, "cuda": 1.5}
+SECONDS_PER_CASE_QUICK = {"cpu": 1.5, "cuda": 0.5}
 SHORTEST_TURN = 2e-3  # seconds: calls are repeated until one turn of the fastest takes this long
 FEWEST_ROUNDS, FEWEST_ROUNDS_QUICK, MOST_ROUNDS = 21, 7, 300
 # Eight times a CPU's last-level cache of 32 MB, or a GPU's of 128 MB: the copy is from memory.
@@ -149,14 +150,14 @@ def copy_bandwidth(device: str, stopwatch: Callable[[Call], float]) -> float:
 
 @pytest.fixture(scope="session")
 def interleave(
-    request: pytest.FixtureRequest, stopwatch: Callable[[Call], float]
+    request: pytest.FixtureRequest, device: str, stopwatch: Callable[[Call], float]
 ) -> Callable[..., dict[str, list[float]]]:
     """interleave(calls, before) -> seconds per call of each variant, one number per round.
 
     `before[variant]`, where given, runs before every call, outside the timing.
     """
     quick = request.config.getoption("--quick")
-    budget = SECONDS_PER_CASE_QUICK if quick else SECONDS_PER_CASE
+    budget = (SECONDS_PER_CASE_QUICK if quick else SECONDS_PER_CASE)[device]
     fewest = FEWEST_ROUNDS_QUICK if quick else FEWEST_ROUNDS
 
     def run(calls: dict[str, Call], before: dict[str, Call] | None = None) -> dict:

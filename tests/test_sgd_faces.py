@@ -205,7 +205,8 @@ def test_torchs_own_optimizer_error_inputs(case: Any) -> None:
     given = case.optimizer_error_input
     params = [leaf_of_ones()] if given.params is None else given.params
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        if issubclass(case.error_type, Warning):
+            warnings.simplefilter("error", case.error_type)
         with pytest.raises(case.error_type, match=case.error_regex):
             fastopt.SGD(params, **given.kwargs)
 
