@@ -246,8 +246,9 @@ struct CrossEntropy {
   using Stats = RowStats<A>;
   static constexpr bool kLabels = kIsClassIndex<TT>;
   static constexpr int kSize = static_cast<int>(sizeof(Words) / sizeof(T));
-  // Vectors of a lane under way at once; with masses there are more tensors to hold.
-  static constexpr int kVectors = kMass ? 2 : 4;
+  // Vectors of a lane under way at once: 64 bytes of accumulators, half of that where each has its
+  // mass beside it. More would not fit in the 64 registers that let 1024 threads share an SM.
+  static constexpr int kVectors = (kMass ? 32 : 64) / static_cast<int>(kSize * sizeof(A));
 
   const CrossEntropyParams& p;
   const A* const weight = static_cast<const A*>(p.weight);
@@ -420,23 +421,26 @@ struct CrossEntropy {
     return {upstream(r), stats.max, softmax_factor(stats),
             p.target_gradient ? scalar_log(stats.sum) : A(0)};
   }
-  // Of class c of a row that is not ignored; q: its mass, where kMass.
-  FASTOPT_MEMBER A gradient_at(const Gradient& g, A x, A q, int64_t c) const {
-    const A d = x - g.max;
-    if constexpr (!kLabels) {
-      // d loss / d t_c = up w_c (1 - e) (log(sum) - (x_c - max))
-      if (p.target_gradient) return g.up * true_mass(c) * (g.log_sum - d);
-    }
-    if constexpr (kMass) return g.up * (g.factor * exp_for<T>(d) - q);
-    return g.up * g.factor * exp_for<T>(d);
+  // up (a p_c - q_c) for a class that is not the true one; q: its mass, where kMass.
+  FASTOPT_MEMBER static A logit_gradient(const Gradient& g, A x, A q) {
+    if constexpr (kMass) return g.up * (g.factor * exp_for<T>(x - g.max) - q);
+    return g.up * g.factor * exp_for<T>(x - g.max);
   }
-  // Of the true class: up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
+  // up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
   FASTOPT_MEMBER A true_gradient(const Gradient& g, A x, int64_t y) const {
     return g.up * (g.factor * exp_for<T>(x - g.max) - total_mass(y)) + (g.up - g.up);
   }
+  // d loss / d t_c = up w_c (1 - e) (log(sum) - (x_c - max))
+  FASTOPT_MEMBER A target_gradient(const Gradient& g, A x, int64_t c) const {
+    return g.up * true_mass(c) * (g.log_sum - (x - g.max));
+  }
   FASTOPT_MEMBER A any_gradient(const Gradient& g, const Row& row, A x, A q, int64_t c) const {
-    if (row.ignored) return 0;
-    return kLabels && c == row.y ? true_gradient(g, x, c) : gradient_at(g, x, q, c);
+    if constexpr (kLabels) {
+      if (row.ignored) return 0;
+      return c == row.y ? true_gradient(g, x, c) : logit_gradient(g, x, q);
+    } else {
+      return p.target_gradient ? target_gradient(g, x, c) : logit_gradient(g, x, q);
+    }
   }
 
   FASTOPT_MEMBER void write_one(int64_t at, A value) const {
@@ -544,7 +548,7 @@ struct CrossEntropy {
     const int rank = p.cluster > 1 ? cluster_rank() : 0;
     // Where this group holds its slice.
     const int64_t x_bytes = held_bytes(p.slice, sizeof(T));
-    const int64_t t_bytes = kLabels || p.target_gradient ? 0 : held_bytes(p.slice, sizeof(TT));
+    const int64_t t_bytes = kLabels ? 0 : held_bytes(p.slice, sizeof(TT));
     char* const held =
         shared_memory() + block_shared_bytes(sizeof(A)) + group * (x_bytes + t_bytes);
 
@@ -554,8 +558,12 @@ struct CrossEntropy {
       const Slice read = slice_at(r, rank);
       const Slice slice = kHeld ? held_slice(read, held, held + x_bytes) : read;
       Stats stats{};
-      if (p.recompute) {
-        stats = recall(r, row, kLabels || p.target_gradient ? A(0) : mass_of(slice, lane));
+      if (!kHeld && p.recompute) {
+        A mass = 0;
+        if constexpr (!kLabels) {
+          if (!p.target_gradient) mass = mass_of(slice, lane);
+        }
+        stats = recall(r, row, mass);
       } else {
         const A true_logit =
             kLabels && row.y >= 0
@@ -572,11 +580,12 @@ struct CrossEntropy {
         const Gradient g = gradient_of(r, stats);
         const int64_t at = offset(p.grad_strides, r) + slice.begin;
         if (kHeld && !shares_block()) sync_warp();  // else merge() was the barrier
-        if (p.target_gradient) {
-          if constexpr (!kLabels)
-            write_gradient<kHeld>(static_cast<TT*>(p.grad) + at, g, row, slice, lane);
+        if constexpr (kLabels || kHeld) {
+          write_gradient<kHeld, false>(static_cast<T*>(p.grad) + at, g, row, slice, lane);
+        } else if (p.target_gradient) {
+          write_gradient<kHeld, true>(static_cast<TT*>(p.grad) + at, g, row, slice, lane);
         } else {
-          write_gradient<kHeld>(static_cast<T*>(p.grad) + at, g, row, slice, lane);
+          write_gradient<kHeld, false>(static_cast<T*>(p.grad) + at, g, row, slice, lane);
         }
         if (kHeld) sync_row();  // before the next row comes in its place
       }
@@ -697,7 +706,7 @@ struct CrossEntropy {
 
   // The stores are the aligned ones: a gradient that lies otherwise than its logits (they are a
   // view of a larger buffer, say) reads those one by one, from shared memory or a cache.
-  template <bool kHeld, class U>
+  template <bool kHeld, bool kTarget, class U>
   FASTOPT_MEMBER void write_gradient(U* grad, const Gradient& g, const Row& row, const Slice& s,
                                      int lane) const {
     constexpr int kGradSize = static_cast<int>(sizeof(Words) / sizeof(U));
@@ -713,23 +722,23 @@ struct CrossEntropy {
     const bool w_aligned = s.w != nullptr && is_aligned(s.w + head);
     bool t_aligned = false;
     if constexpr (!kLabels) t_aligned = is_aligned(s.t + head);
-    for_my_elements<kGradSize, 2>(
+    for_my_elements<kGradSize, kMass ? 1 : 2>(
         s.count, head, lane, p.lanes, [&](auto shape, int64_t first, int64_t step) {
           constexpr int n = shape.size;
           A x[shape.count], q[shape.count] = {};
           for (int i = 0; i < shape.vectors; ++i) {
             const int64_t c = first + i * step;
             load_some<n, kCache>(s.x + c, x_aligned, x + i * n);
-            if constexpr (kMass) {
-              if (!p.target_gradient)
-                masses<n, kCache>(s.t, c, t_aligned, s.w, c, w_aligned, q + i * n);
-            }
+            if constexpr (kMass && !kTarget)
+              masses<n, kCache>(s.t, c, t_aligned, s.w, c, w_aligned, q + i * n);
           }
           for (int i = 0; i < shape.vectors; ++i) {
             const int64_t c = first + i * step;
             A values[n];
-            for (int k = 0; k < n; ++k)
-              values[k] = gradient_at(g, x[i * n + k], q[i * n + k], s.begin + c + k);
+            for (int k = 0; k < n; ++k) {
+              values[k] = kTarget ? target_gradient(g, x[i * n + k], s.begin + c + k)
+                                  : logit_gradient(g, x[i * n + k], q[i * n + k]);
+            }
             if constexpr (kLabels) {
               const int64_t at = row.y - s.begin - c;
               if (0 <= at && at < n) {
@@ -841,20 +850,24 @@ struct CrossEntropy {
 
 // ---- the kernels ----
 
+// Threads that the registers must leave room for, 64 registers each (float64: 128).
+template <class T>
+constexpr int kThreadsPerSm = sizeof(T) == 8 ? 512 : 1024;
+
 template <class T, class TT, bool kMass>
-FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads)
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads, kThreadsPerSm<T> / kParcelThreads)
     cross_entropy_packed(FASTOPT_PARAMS CrossEntropyParams p) {
   CrossEntropy<T, TT, kMass>(p).packed();
 }
 
 template <class T, class TT, bool kMass, bool kHeld>
-FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads)
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads, kThreadsPerSm<T> / kMaxThreads)
     cross_entropy_rows(FASTOPT_PARAMS CrossEntropyParams p) {
   CrossEntropy<T, TT, kMass>(p).template rows_kernel<kHeld>();
 }
 
 template <class T, class TT, bool kMass>
-FASTOPT_KERNEL void FASTOPT_BOUNDS(kStridedThreads)
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kStridedThreads, kThreadsPerSm<T> / kStridedThreads)
     cross_entropy_strided(FASTOPT_PARAMS CrossEntropyParams p) {
   CrossEntropy<T, TT, kMass>(p).strided();
 }
