@@ -408,3 +408,329 @@ def test_every_branch(emulation: ctypes.CDLL, name: str) -> None:
     for key, value in expected.items():
         assert getattr(gradient_in_forward, key) == value, (key, value)
     check_indices(emulation, device, logits, OPTIONS["plain"])
+
+
+SPREAD = Device(64, 227 << 10, 228 << 10, True)
+
+
+def test_few_long_rows_are_spread_over_a_cluster(emulation: ctypes.CDLL) -> None:
+    """Loss alone: nothing is held, but one block a row would leave the device idle."""
+    logits = make_logits((1, 16385))
+    plans = check_indices(emulation, SPREAD, logits, EVERYTHING)
+    assert (plans[0].kernel, plans[0].held, plans[0].cluster) == (ROWS, 0, 2)
+
+
+# Rows side by side: as many as a block has threads, and fewer, with the classes divided. Tiles end
+# within a batch entry, at its end and behind it.
+STRIDED_SHAPES: dict[str, tuple[tuple[int, ...], Device, int]] = {
+    "wide": ((2, 21, 13, 23), tiny(900), 256),
+    "classes-in-2": ((1, 9, 190), tiny(900), 128),
+    "classes-in-4": ((2, 35, 7, 9), H200, 32),
+    "classes-in-8": ((2, 67, 37), H200, 32),
+    "one-position": ((40, 33, 1), H200, 32),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED_SHAPES)
+def test_strided_classes(emulation: ctypes.CDLL, name: str) -> None:
+    shape, device, lanes = STRIDED_SHAPES[name]
+    logits = make_logits(shape)
+    if name == "one-position":
+        logits = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    plans = check_indices(emulation, device, logits, EVERYTHING)
+    assert plans[1].kernel == STRIDED
+    check(emulation, device, logits, make_probabilities(logits), label_smoothing=0.1)
+
+
+# -- dtypes, targets, options -----------------------------------------------------------------------
+# One shape for each kernel; rows of an odd number of classes start at every alignment.
+
+KERNELS: dict[str, tuple[tuple[int, ...], Device]] = {
+    "packed": ((37, 10), H200),
+    "warp": ((11, 263), H200),
+    "block": ((3, 2345), H200),
+    "cluster": ((3, 709), tiny(2600)),
+    "loop": ((3, 709), tiny(900, False)),
+    "strided": ((2, 19, 3, 11), H200),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", KERNELS)
+def test_dtypes(emulation: ctypes.CDLL, name: str, dtype: torch.dtype) -> None:
+    shape, device = KERNELS[name]
+    logits = make_logits(shape, dtype)
+    check_indices(emulation, device, logits, EVERYTHING)
+    check_indices(emulation, device, logits, OPTIONS["plain"])
+    for target_dtype in {dtype, accumulate_dtype(logits)}:
+        probabilities = make_probabilities(logits, target_dtype)
+        check(emulation, device, logits, probabilities)
+        _, keywords = EVERYTHING.apply(logits, probabilities)
+        if target_dtype == dtype:  # stock wants one dtype
+            check(emulation, device, logits, probabilities, **keywords)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(emulation: ctypes.CDLL, option: str) -> None:
+    for shape, device in KERNELS.values():
+        check_indices(emulation, device, make_logits(shape), OPTIONS[option])
+
+
+# -- layouts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_2D, ids=lambda layout: layout.__name__)
+def test_layouts(emulation: ctypes.CDLL, layout: Callable[[Tensor], Tensor]) -> None:
+    """Logits, and probabilities of another layout beside them; their gradients are dense."""
+    for shape, device, dtype in [
+        ((19, 21), H200, torch.float32),
+        ((11, 263), H200, torch.bfloat16),
+        ((3, 709), tiny(3800), torch.bfloat16),
+        ((3, 709), tiny(900, False), torch.bfloat16),
+    ]:
+        dense = make_logits(shape, dtype)
+        logits = layout(dense)
+        check_indices(emulation, device, logits, EVERYTHING)
+        probabilities = make_probabilities(dense)
+        check(emulation, device, dense, layout(probabilities))
+        if logits.stride(1) == 1:
+            check(emulation, device, logits, offset(probabilities))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
+def test_layouts_with_positions(emulation: ctypes.CDLL, layout: Callable[[Tensor], Tensor]) -> None:
+    logits = layout(make_logits((2, 19, 3, 5)))
+    if not reference._positions_are_even(logits):
+        logits = logits.contiguous()  # as the launcher does
+    check_indices(emulation, H200, logits, EVERYTHING)
+    long = layout(make_logits((2, 137, 1, 5)))
+    check_indices(emulation, H200, long, OPTIONS["plain"])
+
+
+def test_no_batch(emulation: ctypes.CDLL) -> None:
+    for classes in (1, 7, 128, 1000):
+        logits = make_logits((classes,))
+        check_indices(emulation, H200, logits, OPTIONS["smoothing-weight"])
+        check(emulation, H200, logits, make_probabilities(logits))
+
+
+@pytest.mark.parametrize("classes", range(1, 41))
+def test_every_small_number_of_classes(emulation: ctypes.CDLL, classes: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = make_logits((9, classes), dtype)
+        check_indices(emulation, H200, logits, EVERYTHING)
+        strided = logits.t().contiguous().t()
+        check_indices(emulation, H200, strided, OPTIONS["plain"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_every_tail(emulation: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Every remainder of a vector, at the start and at the end of a row and of a slice."""
+    for classes in range(129, 146):
+        logits = make_logits((9, classes), dtype)
+        for device in (H200, tiny(900), tiny(900, False)):
+            check_indices(emulation, device, logits, OPTIONS["plain"])
+
+
+# -- hazards ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_hazards(emulation: ctypes.CDLL, name: str) -> None:
+    shape, device = KERNELS[name]
+    infinity = math.inf
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in ("offset", "masked", "row-of-minus-infinity", "infinity", "nan"):
+            logits = make_logits(shape, dtype)
+            row = logits.movedim(1, -1).reshape(-1, shape[1])  # a copy where positions follow
+            if case == "offset":
+                row += 1e7 if dtype == torch.float32 else 300
+            elif case == "masked":  # as attention masks do: all but a few classes
+                row[1, : shape[1] - 1] = -infinity
+                row[0, 1:] = -infinity
+            elif case == "row-of-minus-infinity":
+                row[1] = -infinity
+            elif case == "infinity":
+                row[1, shape[1] // 2] = infinity
+            else:
+                row[1, shape[1] - 2] = math.nan
+            logits = row.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+            target = make_target(logits)
+            target.view(-1)[:2] = torch.tensor([0, shape[1] - 1])
+            check(emulation, device, logits, target)
+            if case == "offset":
+                check(emulation, device, logits, make_probabilities(logits))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_ignored_rows_are_zero_where_logits_are_nan(emulation: ctypes.CDLL, name: str) -> None:
+    shape, device = KERNELS[name]
+    logits = make_logits(shape)
+    target = make_target(logits)
+    target.view(-1)[::2] = -100
+    poisoned = logits.masked_fill((target == -100).unsqueeze(1), math.nan)
+    for smoothing in (0.0, 0.1):
+        options = {"label_smoothing": smoothing, "weight": None}
+        expected = run_all(Emulation(emulation, device), logits, target, options)
+        ours = run_all(Emulation(emulation, device), poisoned, target, options)
+        for what, value in expected.items():
+            assert_same_bits(ours[what], value, what)
+
+
+@pytest.mark.parametrize("label", [-1, 2**31, 2**62, -(2**63), "classes"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_labels_out_of_range_are_nan(emulation: ctypes.CDLL, name: str, label: int | str) -> None:
+    """Loss and gradient of that row, and of no other."""
+    shape, device = KERNELS[name]
+    logits = make_logits(shape)
+    target = make_target(logits)
+    bad = target.clone()
+    bad.view(-1)[1] = shape[1] if label == "classes" else int(label)
+    weight = torch.rand(shape[1]) + 0.5
+    for options in (
+        {"weight": None},
+        {"weight": weight, "label_smoothing": 0.1},
+        {"weight": weight, "label_smoothing": 1.0},
+    ):
+        right = run_all(Emulation(emulation, device), logits, target, options)
+        ours = run_all(Emulation(emulation, device), logits, bad, options)
+        row_loss = ours["none loss"].view(-1)
+        assert row_loss[1].isnan() and not row_loss[2:].isnan().any()
+        assert_same_bits(row_loss[2:], right["none loss"].view(-1)[2:])
+        for what, value in ours.items():
+            if "gradient of" in what:
+                rows = value.movedim(1, -1).reshape(-1, shape[1])
+                assert rows[1].isnan().all(), what
+                assert rows[0].isfinite().all() and rows[2:].isfinite().all(), what
+            elif not what.startswith("none"):
+                assert value.isnan(), what
+
+
+def test_one_class_has_no_gradient(emulation: ctypes.CDLL) -> None:
+    """a p - q is 0 exactly, not a rounding error."""
+    logits = make_logits((50, 1))
+    for weight in (None, torch.tensor([0.3])):
+        options = {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}
+        _, grad = Emulation(emulation, H200).forward_backward(
+            logits, make_target(logits), torch.float32, **options
+        )
+        assert_same_bits(grad, torch.zeros_like(grad).copysign(grad))
+
+
+def test_nothing_to_do(emulation: ctypes.CDLL) -> None:
+    for shape in [(0, 10), (2, 10, 0)]:
+        logits = torch.empty(shape)
+        target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
+        for reduction, value in [("mean", math.nan), ("sum", 0.0)]:
+            options = {"reduction": reduction, "label_smoothing": 0.1}
+            device = Emulation(emulation, H200)
+            loss, _ = device.forward_backward(logits, target, torch.float32, **options)
+            torch.testing.assert_close(loss, torch.tensor(value), equal_nan=True)
+
+
+# -- the gradient times the upstream gradient -------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_scale(emulation: ctypes.CDLL, dtype: torch.dtype) -> None:
+    for count, start, blocks in [(1, 0, 1), (3, 1, 1), (9001, 0, 1), (9001, 3, 1), (40000, 1, 2)]:
+        for factor in (0.37, 1.0, -0.0, math.inf):
+            values = torch.randn(count + start).to(dtype)
+            guarded = contiguous_guarded((count + start,), dtype)
+            guarded.tensor.copy_(values)
+            upstream = torch.tensor(factor, dtype=dtype)
+            inside = guarded.tensor[start:]
+            assert not emulation.fastopt_scale(
+                *(ctypes.c_void_p(inside.data_ptr()), ctypes.c_int64(count)),
+                *(ctypes.c_int64(ELEMENTS[dtype]), ctypes.c_void_p(upstream.data_ptr())),
+                *(ctypes.c_int64(ELEMENTS[dtype]), ctypes.c_int64(blocks), ctypes.c_int64(0)),
+            )
+            assert_same_bits(guarded.check()[:start], values[:start])
+            expected = (values[start:] * upstream) if factor != 1.0 else values[start:]
+            torch.testing.assert_close(inside, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# -- the plan ---------------------------------------------------------------------------------------
+
+
+def class_counts() -> Iterator[int]:
+    yield from range(1, 2100)
+    yield from range(2100, 2**20, 997)
+    for power in range(11, 21):
+        yield from (2**power - 1, 2**power, 2**power + 1)
+    yield from (32000, 50257, 128256, 151936, 262144)
+
+
+def plan_of(library: ctypes.CDLL, device: Device, **fields: object) -> EmulatedPlan:
+    call, plan = EmulatedCall(), EmulatedPlan()
+    for name in ("sm_count", "shared_per_block", "shared_per_sm", "clusters"):
+        setattr(call, name, getattr(device, name))
+    for name, value in fields.items():
+        if isinstance(value, tuple):
+            getattr(call, name)[:] = value
+        else:
+            setattr(call, name, value)
+    assert library.fastopt_plan(ctypes.byref(call), ctypes.byref(plan)) == 0
+    return plan
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_plans_are_legal(emulation: ctypes.CDLL, device: str) -> None:
+    limits = DEVICES[device]
+    somewhere = 64  # not null is all that the plan asks
+    for classes in class_counts():
+        for dtype, rows in ((0, 1), (1, 4096), (2, 4096), (2, 10**6), (3, 77)):
+            for fields in (
+                {},  # loss
+                {"grad": somewhere},
+                {"grad": somewhere, "recompute": 1},
+                {"grad": somewhere, "probabilities": somewhere, "target_type": dtype},
+            ):
+                dense = (classes, 1, 1)
+                plan = plan_of(
+                    emulation,
+                    limits,
+                    batch=rows,
+                    classes=classes,
+                    positions=1,
+                    logits_type=dtype,
+                    logits_strides=dense,
+                    target_strides=dense,
+                    grad_strides=dense,
+                    **fields,
+                )
+                what = (classes, dtype, rows, fields)
+                assert plan.threads % 32 == 0 and 32 <= plan.threads <= 512, what
+                assert plan.shared_bytes <= limits.shared_per_block, what
+                assert plan.cluster in ((1, 2, 4, 8) if limits.clusters else (1,)), what
+                assert plan.blocks % plan.cluster == 0 and 0 < plan.blocks < 2**31, what
+                assert plan.threads % plan.lanes == 0, what
+                if plan.kernel == ROWS:
+                    assert plan.slice * plan.cluster >= classes, what
+                    assert plan.lanes == 32 or plan.lanes == plan.threads, what
+                    assert plan.cluster == 1 or plan.lanes > 32, what
+                else:
+                    assert plan.kernel == PACKED and plan.lanes * 4 >= classes, what
+                    assert plan.lanes <= 32, what
+
+
+@pytest.mark.parametrize(
+    ("classes", "cluster"),
+    [(4096, 1), (32000, 1), (50257, 1), (128256, 4), (151936, 4), (262144, 8)],
+)
+def test_bf16_vocabularies_stay_on_chip(emulation: ctypes.CDLL, classes: int, cluster: int) -> None:
+    """One read and one write per logit on an H200, with two blocks or more on every SM."""
+    dense = (classes, 1, 1)
+    plan = plan_of(
+        emulation,
+        H200,
+        batch=8192,
+        classes=classes,
+        positions=1,
+        logits_type=ELEMENTS[torch.bfloat16],
+        logits_strides=dense,
+        grad_strides=dense,
+        grad=64,
+    )
+    assert (plan.kernel, plan.held, plan.cluster) == (ROWS, 1, cluster)
+    assert 2 * (plan.shared_bytes + 1024) <= H200.shared_per_sm
