@@ -1,14 +1,8 @@
 // Softmax cross-entropy on CPU, the side that faces torch: checks, views, the plan (which kernel,
 // how the work is cut), and the registration of the ops whose schemas stand in fastopt/ops.py.
-//
-// torch.ops is callable by anyone: whatever arrives here is checked before memory is touched.
 #include "cross_entropy.h"
 
 #include <sys/mman.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -23,11 +17,10 @@
 #include <tuple>
 #include <vector>
 
+#include "host/cross_entropy_call.h"
+
 namespace fastopt {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // ---- the plan's constants, measured on 2 cores of an EPYC (AVX-512, 1 MB L2) ----
 
@@ -50,131 +43,16 @@ constexpr int64_t kSegmentClasses = 1 << 13;
 // page faults cost more than the arithmetic unless the kernel may hand out huge pages.
 constexpr int64_t kHugePageBytes = 32 << 20;
 
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
-// ---- checks ----
-
-// The std exceptions arrive in Python as RuntimeError, ValueError and IndexError.
-void check(bool ok, const char* what) {
-  if (!ok) throw std::runtime_error(std::string("fastopt::cross_entropy: ") + what);
-}
-
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Element::float32;
-    case ScalarType::Double:
-      return Element::float64;
-    case ScalarType::BFloat16:
-      return Element::bfloat16;
-    case ScalarType::Half:
-      return Element::float16;
-    default:
-      throw std::runtime_error(
-          "fastopt::cross_entropy: logits and probabilities must be float32, float64, bfloat16 or "
-          "float16");
-  }
-}
-
-ScalarType accumulate_type(ScalarType type) {
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-bool same_sizes(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i)
-    if (a.size(i) != b.size(i)) return false;
-  return true;
-}
-
 // ---- tensors ----
-
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType type) {
-  int32_t dtype = 0;
-  switch (type) {
-    case ScalarType::Double:
-      dtype = aoti_torch_dtype_float64();
-      break;
-    case ScalarType::BFloat16:
-      dtype = aoti_torch_dtype_bfloat16();
-      break;
-    case ScalarType::Half:
-      dtype = aoti_torch_dtype_float16();
-      break;
-    default:
-      dtype = aoti_torch_dtype_float32();
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
-  }
-  return strides;
-}
-
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  return std::vector<int64_t>(t.sizes().begin(), t.sizes().end());
-}
-
-// The strides of `like` where it is dense without overlap (any order of dimensions), else
-// contiguous: the layout of the gradient, as torch's empty_like has it.
-std::vector<int64_t> gradient_strides(const Tensor& like) {
-  const std::vector<int64_t> sizes = sizes_of(like);
-  std::vector<int64_t> strides(like.strides().begin(), like.strides().end());
-  std::vector<size_t> order;
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] != 1) order.push_back(i);
-  std::sort(order.begin(), order.end(),
-            [&](size_t a, size_t b) { return strides[a] < strides[b]; });
-  int64_t expected = 1;
-  for (const size_t i : order) {
-    if (strides[i] != expected) return contiguous_strides(sizes);
-    expected *= sizes[i];
-  }
-  return strides;
-}
 
 int64_t bytes_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   return t.numel() * (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2);
 }
 
-// The strides of a (C), (N, C) or (N, C, d1, ...) tensor seen as (batch, class, position); nothing
-// where d1, ... do not step through memory as one.
-std::optional<Strides> view_strides(const Tensor& t) {
-  const int64_t dim = t.dim();
-  if (dim == 1) return Strides{0, t.stride(0), 0};
-  Strides view{t.stride(0), t.stride(1), 0};
-  int64_t run = -1;  // positions from the inner dimensions on, once one was met
-  for (int64_t i = dim - 1; i >= 2; --i) {
-    if (t.size(i) == 1) continue;
-    if (run < 0) {
-      view.position = t.stride(i);
-      run = t.size(i);
-    } else if (t.stride(i) == view.position * run) {
-      run *= t.size(i);
-    } else {
-      return std::nullopt;
-    }
-  }
-  return view;
-}
-
 Tensor empty_gradient(const Tensor& like) {
-  Tensor grad = empty_strided(
-      sizes_of(like),
-      view_strides(like) ? gradient_strides(like) : contiguous_strides(sizes_of(like)),
-      like.scalar_type());
+  Tensor grad =
+      empty_strided(sizes_of(like), gradient_strides(like), like.scalar_type(), place_of(like));
   const int64_t bytes = bytes_of(grad);
 #ifdef MADV_HUGEPAGE
   if (bytes >= kHugePageBytes) {
@@ -189,11 +67,6 @@ Tensor empty_gradient(const Tensor& like) {
   return grad;
 }
 
-// Asking costs a tenth of the dispatcher's way to the same answer.
-Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
 // body(begin, end) over tasks on torch's own threads; in place where one thread does them all.
 template <class F>
 void parallel(int64_t tasks, int64_t grain, const F& body) {
@@ -204,18 +77,6 @@ void parallel(int64_t tasks, int64_t grain, const F& body) {
   }
 }
 
-struct View {
-  Tensor tensor;
-  Strides strides;
-};
-
-View viewed(const Tensor& t) {
-  const std::optional<Strides> strides = view_strides(t);
-  if (strides) return {t, *strides};
-  const Tensor copy = as_contiguous(t);
-  return {copy, *view_strides(copy)};
-}
-
 double scalar_value(const Tensor& t) {
   const Tensor value = torch::stable::to(t, ScalarType::Double);
   return *static_cast<const double*>(value.const_data_ptr());
@@ -223,66 +84,27 @@ double scalar_value(const Tensor& t) {
 
 // ---- one call ----
 
-// The arguments that every op shares, checked, and the params that follow from them.
-struct Call {
-  CrossEntropyParams p{};
-  Reduction reduction;
-  ScalarType accumulate;
-  std::vector<int64_t> row_sizes;  // of the unreduced loss
-  double total_weight = 0;         // the divisor of the mean
-  int64_t rows = 0;
-  // What p points into.
-  Tensor logits, target;
-  std::optional<Tensor> weight, masses;
+struct Call : CrossEntropyCall<CrossEntropyParams> {
+  double total_weight = 0;  // the divisor of the mean
+  std::optional<Tensor> masses;
 
   Call(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& weight_in,
        int64_t ignore_index, double label_smoothing, int64_t reduction_in)
-      : logits(logits_in), target(target_in), weight(weight_in) {
-    check(logits.is_cpu() && target.is_cpu() && (!weight || weight->is_cpu()),
-          "every tensor must be on the CPU");
-    check(logits.dim() >= 1, "logits must have a class dimension");
-    check(reduction_in >= kNone && reduction_in <= kSum, "reduction must be 0, 1 or 2");
-    check(label_smoothing <= 1.0, "label_smoothing must be at most 1");
-    reduction = static_cast<Reduction>(reduction_in);
-    accumulate = accumulate_type(logits.scalar_type());
-    p.logits_type = element_of(logits.scalar_type());
-    p.ignore_index = ignore_index;
-    const double smoothing = label_smoothing > 0 ? label_smoothing : 0;  // as torch: NaN is off
-
-    const int64_t dim = logits.dim();
-    p.batch = dim == 1 ? 1 : logits.size(0);
-    p.classes = logits.size(dim == 1 ? 0 : 1);
-    p.positions = 1;
-    if (dim > 1) row_sizes.push_back(p.batch);
-    for (int64_t i = 2; i < dim; ++i) {
-      p.positions *= logits.size(i);
-      row_sizes.push_back(logits.size(i));
-    }
-    rows = p.batch * p.positions;
-
-    const View logits_view = viewed(logits);
-    logits = logits_view.tensor;
-    p.logits = logits.const_data_ptr();
-    p.logits_strides = logits_view.strides;
-
-    p.keep = 1.0 - smoothing;
-    p.uniform = p.classes > 0 ? smoothing / static_cast<double>(p.classes) : 0.0;
+      : CrossEntropyCall(logits_in, target_in, weight_in, ignore_index, label_smoothing,
+                         reduction_in) {
+    check(logits.is_cpu(), "every tensor must be on the CPU");
     p.smoothing_mass = smoothing;
     if (weight) {
-      check(weight->dim() == 1 && weight->size(0) == p.classes, "weight must have shape (C)");
-      check(weight->scalar_type() == accumulate,
-            "weight must be float32, or float64 where logits are");
-      weight = as_contiguous(*weight);
       if (accumulate == ScalarType::Double) {
         set_masses<double>();
       } else {
         set_masses<float>();
       }
     }
-    if (target.scalar_type() == ScalarType::Long) {
-      set_labels();
+    if (p.labels != nullptr) {
+      count_labels();
     } else {
-      set_probabilities();
+      total_weight = static_cast<double>(rows);
     }
   }
 
@@ -291,7 +113,7 @@ struct Call {
   template <class A>
   void set_masses() {
     const A* const w = static_cast<const A*>(weight->const_data_ptr());
-    masses = empty_strided({2, p.classes}, {p.classes, 1}, accumulate);
+    masses = empty_strided({2, p.classes}, {p.classes, 1}, accumulate, place);
     A* const own = static_cast<A*>(masses->mutable_data_ptr());
     A* const shared = own + p.classes;
     p.smoothing_mass = 0;
@@ -304,15 +126,8 @@ struct Call {
     p.smoothing_masses = shared;
   }
 
-  void set_labels() {
-    check(target.dim() == static_cast<int64_t>(row_sizes.size()),
-          "target must have shape (N, ...)");
-    for (size_t i = 0; i < row_sizes.size(); ++i)
-      check(target.size(i) == row_sizes[i], "target must have the shape of logits without classes");
-    target = as_contiguous(target);
-    p.labels = static_cast<const int64_t*>(target.const_data_ptr());
+  void count_labels() {
     if (rows == 0) return;
-
     constexpr int64_t kLabelsPerTask = 1 << 15;
     const int64_t tasks = (rows + kLabelsPerTask - 1) / kLabelsPerTask;
     std::vector<LabelCount> counts(tasks);
@@ -357,58 +172,12 @@ struct Call {
     return sum;
   }
 
-  void set_probabilities() {
-    check(same_sizes(logits, target), "probabilities must have the shape of logits");
-    check(target.scalar_type() == logits.scalar_type() || target.scalar_type() == accumulate,
-          "probabilities must have the type of logits, or float32 with half precision logits");
-    View view = viewed(target);
-    // The rows kernel steps through both tensors class by class: one layout for both.
-    if (p.logits_strides.cls == 1 && view.strides.cls != 1) {
-      Tensor copy = empty_strided(sizes_of(logits), gradient_strides(logits), target.scalar_type());
-      torch::stable::copy_(copy, target);
-      view = viewed(copy);
-    }
-    target = view.tensor;
-    p.probabilities = target.const_data_ptr();
-    p.target_type = element_of(target.scalar_type());
-    p.target_strides = view.strides;
-    total_weight = static_cast<double>(rows);
-  }
-
-  Tensor empty_rows() const {
-    return empty_strided(row_sizes, contiguous_strides(row_sizes), accumulate);
-  }
-
-  void want_gradient(const Tensor& grad) {
-    const std::optional<Strides> strides = view_strides(grad);
-    check(strides.has_value(), "a gradient keeps the layout of its tensor");
-    p.grad = grad.mutable_data_ptr();
-    p.grad_strides = *strides;
-  }
-
-  // Rows evenly spaced in every tensor are all batch: no division finds a row.
-  void merge_positions() {
-    const auto even = [&](const Strides& s) { return s.batch == s.position * p.positions; };
-    if (p.positions == 1 || !even(p.logits_strides) ||
-        (p.probabilities != nullptr && !even(p.target_strides)) ||
-        (p.grad != nullptr && !even(p.grad_strides))) {
-      return;
-    }
-    for (Strides* strides : {&p.logits_strides, &p.target_strides, &p.grad_strides})
-      strides->batch = strides->position;
-    p.batch = rows;
-    p.positions = 1;
-  }
-
   // Which kernel, how cut, and the run. Returns the sum of the row losses.
   double run() {
     if (rows == 0 || p.classes == 0) return 0;
     merge_positions();
     const int64_t threads = torch::stable::get_num_threads();
-    const bool contiguous_classes = p.logits_strides.cls == 1 &&
-                                    (p.probabilities == nullptr || p.target_strides.cls == 1) &&
-                                    (p.grad == nullptr || p.grad_strides.cls == 1);
-    if (!contiguous_classes || p.classes <= kFewClasses) return run_tiles();
+    if (!contiguous_classes() || p.classes <= kFewClasses) return run_tiles();
     if (rows < 4 * threads && threads > 1 && p.classes >= 2 * kSegmentClasses) {
       return run_segments(threads);
     }
@@ -517,7 +286,7 @@ struct Call {
 
   // Written by hand: at a hundred logits a call of aten::to is a tenth of everything.
   static Tensor scalar(double value, ScalarType type) {
-    Tensor result = empty_strided({}, {}, type);
+    Tensor result = empty_strided({}, {}, type, {aoti_torch_device_type_cpu(), 0});
     void* const at = result.mutable_data_ptr();
     switch (type) {
       case ScalarType::Double:
@@ -575,32 +344,18 @@ Tensor backward(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Te
                 int64_t ignore_index, double label_smoothing, int64_t reduction, Tensor row_max,
                 Tensor row_sum, Tensor total_weight, bool target_gradient) {
   Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  check(grad_loss.is_cpu() && row_max.is_cpu() && row_sum.is_cpu() && total_weight.is_cpu(),
-        "every tensor must be on the CPU");
-  check(total_weight.numel() == 1 && total_weight.scalar_type() == call.accumulate,
-        "total_weight must be that of the forward pass");
-  element_of(grad_loss.scalar_type());
-  for (Tensor* rows : {&row_max, &row_sum}) {
-    check(sizes_of(*rows) == call.row_sizes && rows->scalar_type() == call.accumulate,
-          "row_max and row_sum must be those of the forward pass");
-    *rows = as_contiguous(*rows);
-  }
+  call.recompute_from(row_max, row_sum, total_weight, grad_loss);
   check(!target_gradient || target.scalar_type() != ScalarType::Long,
         "only probabilities have a gradient");
   Tensor grad = empty_gradient(target_gradient ? target : logits);
   call.want_gradient(grad);
   call.p.target_gradient = target_gradient;
-  call.p.recompute = true;
-  call.p.row_max = row_max.mutable_data_ptr();
-  call.p.row_sum = row_sum.mutable_data_ptr();
   std::optional<Tensor> row_upstream;
   if (call.reduction == kNone) {
-    check(sizes_of(grad_loss) == call.row_sizes, "grad_loss must have the shape of the loss");
     row_upstream = as_contiguous(torch::stable::to(grad_loss, call.accumulate));
     call.p.row_upstream = row_upstream->const_data_ptr();
     call.p.upstream = 1.0;
   } else {
-    check(grad_loss.numel() == 1, "grad_loss must have the shape of the loss");
     call.p.upstream = call.reduced(scalar_value(grad_loss));
   }
   call.run();

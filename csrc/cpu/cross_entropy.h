@@ -1,52 +1,17 @@
 // The seam between torch and the CPU cross-entropy kernels: a plain struct, no torch type.
 #pragma once
 
-#include <cstdint>
-
 #include "levels.h"
+#include "rules/cross_entropy.h"
 
 namespace fastopt {
 
-enum class Element : int32_t { float32, float64, bfloat16, float16 };
-
-// Element strides of a tensor seen as (batch, class, position): (N, C) has one position a batch
-// entry, (N, C, d1, ...) has d1 * ... of them.
-struct Strides {
-  int64_t batch, cls, position;
-};
-
-struct CrossEntropyParams {
-  int64_t batch, classes, positions;  // rows = batch * positions; row r = (r / positions, r % ...)
-  Element logits_type;
-  Element target_type;  // of probabilities
-
-  const void* logits;
-  Strides logits_strides;
-  const int64_t* labels;      // one class index per row, or null
-  const void* probabilities;  // or null
-  Strides target_strides;     // of probabilities
-  int64_t ignore_index;
-  // q of the formula, with e = label_smoothing and C = classes.
-  double keep;                   // 1 - e
-  double uniform;                // e / C
+struct CrossEntropyParams : CrossEntropyProblem {
   double smoothing_mass;         // sum_c (e / C) w_c
   const void* true_masses;       // (classes), (1 - e) w_c in the accumulation type; null: no weight
   const void* smoothing_masses;  // (classes), (e / C) w_c
-
-  // Forward results, one per row in the accumulation type; null: not wanted. The recomputing
-  // backward reads row_max and row_sum instead of writing them.
-  void* row_loss;
-  void* row_max;
-  void* row_sum;
-  double* partial_loss;  // one per task: the sum of its rows' losses, in float64
-
-  // Backward: d loss / d logits, or d loss / d target when target_gradient. Null: not wanted.
-  void* grad;
-  Strides grad_strides;
-  bool target_gradient;
-  bool recompute;            // row_max and row_sum are given: no forward sweep
-  double upstream;           // scalar upstream gradient times the reduction's factor
-  const void* row_upstream;  // per row instead, accumulation type, or null
+  double* partial_loss;          // one per task: the sum of its rows' losses, in float64
+  double upstream;               // scalar upstream gradient times the reduction's factor
 
   // How rows are cut into tasks (`plan` in cross_entropy.cpp).
   int64_t rows_per_task;            // rows

@@ -11,9 +11,11 @@
 #else
 
 #include <cooperative_groups.h>
+#include <cuda_pipeline_primitives.h>
 
 #define FASTOPT_KERNEL __global__
 #define FASTOPT_DEVICE __device__ __forceinline__
+#define FASTOPT_MEMBER __device__ __forceinline__
 #define FASTOPT_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 #define FASTOPT_PARAMS const __grid_constant__  // by value, read where it lies: never copied
 
@@ -25,6 +27,7 @@ FASTOPT_DEVICE int64_t block_index() { return blockIdx.x; }
 FASTOPT_DEVICE int64_t grid_size() { return gridDim.x; }
 
 FASTOPT_DEVICE void sync_block() { __syncthreads(); }
+FASTOPT_DEVICE void sync_warp() { __syncwarp(); }
 
 // The value of the lane whose index differs in the bits of `mask`. All 32 lanes take part.
 template <class V>
@@ -85,6 +88,28 @@ FASTOPT_DEVICE Words load_words_streaming(const void* p) {
 }
 FASTOPT_DEVICE void store_words_streaming(void* p, Words w) {
   __stcs(static_cast<uint4*>(p), make_uint4(w.word[0], w.word[1], w.word[2], w.word[3]));
+}
+
+// Global to shared memory past the registers: all of a row is under way at once. The thread that
+// copied sees the bytes after wait_for_copies, the others after a barrier behind that.
+FASTOPT_DEVICE void copy_words_async(void* to_shared, const void* from) {
+  __pipeline_memcpy_async(to_shared, from, sizeof(Words));
+}
+FASTOPT_DEVICE void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+
+// a * b rounded by itself, never part of a fused multiply-add.
+FASTOPT_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+FASTOPT_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
+
+// exp(x) to a relative error of 2^-21; what is below 2^-126 becomes 0. Two instructions, where
+// expf takes eight: at half precision's two passes over memory the instructions are what limits.
+FASTOPT_DEVICE float exp_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
 }
 
 }  // namespace fastopt::gpu

@@ -6,6 +6,8 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #define FASTOPT_RULE static __host__ __device__ __forceinline__
 #else
 #define FASTOPT_RULE static inline __attribute__((always_inline))
@@ -20,6 +22,9 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+
+// The storage types by name, where a plain struct carries one.
+enum class Element : int32_t { float32, float64, bfloat16, float16 };
 
 // Accumulation type of a storage type: float, but double for double.
 template <class T>
@@ -47,6 +52,9 @@ FASTOPT_RULE float to_acc(BFloat16 x) {
   return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 FASTOPT_RULE float to_acc(Half x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x.bits));
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   // Moving the exponent by a product renormalises subnormals exactly; inf and NaN by hand.
@@ -54,16 +62,24 @@ FASTOPT_RULE float to_acc(Half x) {
   const uint32_t bits =
       magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : bit_cast<uint32_t>(scaled);
   return bit_cast<float>(bits | sign);
+#endif
 }
 
 FASTOPT_RULE float round_to(float, float x) { return x; }
 FASTOPT_RULE double round_to(double, double x) { return x; }
 FASTOPT_RULE BFloat16 round_to(BFloat16, float x) {
+#if defined(__CUDA_ARCH__)
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // nearest, ties to even
   return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+#endif
 }
 FASTOPT_RULE Half round_to(Half, float x) {
+#if defined(__CUDA_ARCH__)
+  return {__half_as_ushort(__float2half_rn(x))};
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -78,6 +94,7 @@ FASTOPT_RULE Half round_to(Half, float x) {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   return {static_cast<uint16_t>(half | sign)};
+#endif
 }
 
 template <class T>

@@ -22,6 +22,7 @@
 
 #define FASTOPT_KERNEL static
 #define FASTOPT_DEVICE static inline
+#define FASTOPT_MEMBER inline
 #define FASTOPT_BOUNDS(...)
 #define FASTOPT_PARAMS const
 
@@ -31,12 +32,18 @@ constexpr int kWarp = 32;
 
 enum class Wait { nothing, warp, block, cluster, done };
 
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   int thread, rank;  // in its block; of its block in the cluster
   Wait wait = Wait::nothing;
   int shuffles = 0;
+  std::vector<Copy> copies;  // under way
 };
 
 struct alignas(16) Slot {
@@ -69,6 +76,7 @@ struct Emulator {
       f.rank = i / threads;
       f.wait = Wait::nothing;
       f.shuffles = 0;
+      f.copies.clear();
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.get();
       f.context.uc_stack.ss_size = kStackBytes;
@@ -184,6 +192,7 @@ FASTOPT_DEVICE int64_t block_index() { return emulator.block + emulator.current-
 FASTOPT_DEVICE int64_t grid_size() { return emulator.grid; }
 
 FASTOPT_DEVICE void sync_block() { emulator.wait(Wait::block); }
+FASTOPT_DEVICE void sync_warp() { emulator.wait(Wait::warp); }
 
 template <class V>
 FASTOPT_DEVICE V shuffle_xor(V value, int mask) {
@@ -232,5 +241,20 @@ FASTOPT_DEVICE void store_words(void* p, Words w) {
 }
 FASTOPT_DEVICE Words load_words_streaming(const void* p) { return load_words(p); }
 FASTOPT_DEVICE void store_words_streaming(void* p, Words w) { store_words(p, w); }
+
+// Nothing arrives before it is waited for: a missing wait shows.
+FASTOPT_DEVICE void copy_words_async(void* to_shared, const void* from) {
+  check_alignment(to_shared);
+  check_alignment(from);
+  emulator.current->copies.push_back({to_shared, from});
+}
+FASTOPT_DEVICE void wait_for_copies() {
+  for (const Copy& copy : emulator.current->copies) memcpy(copy.to, copy.from, sizeof(Words));
+  emulator.current->copies.clear();
+}
+
+FASTOPT_DEVICE float product(float a, float b) { return a * b; }
+FASTOPT_DEVICE double product(double a, double b) { return a * b; }
+FASTOPT_DEVICE float exp_approximate(float x) { return std::exp(x); }
 
 }  // namespace fastopt::gpu

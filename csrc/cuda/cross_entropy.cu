@@ -1,0 +1,212 @@
+// Softmax cross-entropy on CUDA devices, the side that faces torch: checks, outputs, launches on
+// the current stream, and the registration of the ops whose schemas stand in fastopt/ops.py.
+//
+// Nothing here waits for the device or reads its values: every call can be captured in a graph.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <tuple>
+
+#include "cross_entropy.h"
+#include "host/cross_entropy_call.h"
+
+namespace fastopt {
+namespace {
+
+using gpu::CrossEntropyParams;
+using gpu::CrossEntropyPlan;
+using gpu::DeviceLimits;
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+const DeviceLimits& limits_of(int device) {
+  static const std::vector<DeviceLimits> all = [] {
+    int count = 0;
+    STD_CUDA_CHECK(cudaGetDeviceCount(&count));
+    std::vector<DeviceLimits> limits;
+    for (int i = 0; i < count; ++i)
+      limits.push_back({attribute(cudaDevAttrMultiProcessorCount, i),
+                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i),
+                        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, i),
+                        attribute(cudaDevAttrComputeCapabilityMajor, i) >= 9});
+    return limits;
+  }();
+  return all.at(device);
+}
+
+// Launches on the current stream of one device.
+struct Launcher {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit Launcher(int32_t device) : guard(device) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+
+  template <class Params>
+  void operator()(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_bytes,
+                  int cluster, const Params& p) const {
+    constexpr int64_t kSharedWithoutAsking = 48 << 10;
+    if (shared_bytes > kSharedWithoutAsking)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)));
+    cudaLaunchAttribute in_clusters{};
+    in_clusters.id = cudaLaunchAttributeClusterDimension;
+    in_clusters.val.clusterDim.x = cluster;
+    in_clusters.val.clusterDim.y = 1;
+    in_clusters.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &in_clusters;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+  }
+};
+
+struct Call : CrossEntropyCall<CrossEntropyParams> {
+  Call(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& weight_in,
+       int64_t ignore_index, double label_smoothing, int64_t reduction_in)
+      : CrossEntropyCall(logits_in, target_in, weight_in, ignore_index, label_smoothing,
+                         reduction_in) {
+    check(logits.is_cuda(), "every tensor must be on one CUDA device");
+    p.weight = weight ? weight->const_data_ptr() : nullptr;
+    p.mean = reduction == kMean;
+    p.known_smoothing = smoothing;
+    p.known_weight = p.probabilities != nullptr ? static_cast<double>(rows) : 0.0;
+  }
+
+  Tensor empty_scalar(ScalarType type) const { return empty_strided({}, {}, type, place); }
+
+  // In the order of the current stream. The workspace goes back to torch's allocator at once: it
+  // gives it to later work of this stream only.
+  void run() {
+    merge_positions();
+    CrossEntropyPlan plan{};
+    if (rows > 0) plan = gpu::plan_cross_entropy(gpu::shape_of(p), limits_of(place.index));
+    const int64_t doubles = gpu::workspace_doubles(plan);
+    const Tensor workspace = empty_strided({doubles}, {1}, ScalarType::Double, place);
+    gpu::launch_cross_entropy(p, plan, static_cast<double*>(workspace.mutable_data_ptr()),
+                              Launcher(place.index));
+  }
+};
+
+// ---- the ops ----
+
+// total_weight is what the mean divides by; reductions that do not divide leave 0 for labels.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cuda(
+    Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
+    double label_smoothing, int64_t reduction, ScalarType loss_dtype) {
+  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
+  call.p.loss_type = element_of(loss_dtype);
+  Tensor row_max = call.empty_rows(), row_sum = call.empty_rows();
+  Tensor total_weight = call.empty_scalar(call.accumulate);
+  call.p.row_max = row_max.mutable_data_ptr();
+  call.p.row_sum = row_sum.mutable_data_ptr();
+  call.p.total_weight = total_weight.mutable_data_ptr();
+  Tensor loss = call.reduction == kNone ? call.empty_rows() : call.empty_scalar(loss_dtype);
+  if (call.reduction == kNone) {
+    call.p.row_loss = loss.mutable_data_ptr();
+  } else {
+    call.p.loss = loss.mutable_data_ptr();
+  }
+  call.run();
+  if (loss.scalar_type() != loss_dtype) loss = torch::stable::to(loss, loss_dtype);
+  return {loss, row_max, row_sum, total_weight};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_forward_backward_cuda(
+    Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
+    double label_smoothing, int64_t reduction, ScalarType loss_dtype) {
+  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
+  call.p.loss_type = element_of(loss_dtype);
+  check(call.reduction != kNone, "the gradient in forward is for reductions mean and sum");
+  Tensor grad_logits =
+      empty_strided(sizes_of(logits), gradient_strides(logits), logits.scalar_type(), call.place);
+  Tensor loss = call.empty_scalar(loss_dtype);
+  call.want_gradient(grad_logits);
+  call.p.loss = loss.mutable_data_ptr();
+  call.run();
+  return {loss, grad_logits};
+}
+
+Tensor backward(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                int64_t ignore_index, double label_smoothing, int64_t reduction, Tensor row_max,
+                Tensor row_sum, Tensor total_weight, bool target_gradient) {
+  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
+  call.recompute_from(row_max, row_sum, total_weight, grad_loss);
+  check(!target_gradient || target.scalar_type() != ScalarType::Long,
+        "only probabilities have a gradient");
+  const Tensor& of = target_gradient ? target : logits;
+  Tensor grad = empty_strided(sizes_of(of), gradient_strides(of), of.scalar_type(), call.place);
+  call.want_gradient(grad);
+  call.p.target_gradient = target_gradient;
+  call.p.kept_weight = total_weight.const_data_ptr();
+  std::optional<Tensor> row_upstream;
+  if (call.reduction == kNone) {
+    row_upstream = as_contiguous(torch::stable::to(grad_loss, call.accumulate));
+    call.p.row_upstream = row_upstream->const_data_ptr();
+  } else {
+    call.p.grad_loss = grad_loss.const_data_ptr();
+    call.p.grad_loss_type = element_of(grad_loss.scalar_type());
+  }
+  call.run();
+  return grad;
+}
+
+Tensor cross_entropy_backward_cuda(Tensor grad_loss, Tensor logits, Tensor target,
+                                   std::optional<Tensor> weight, int64_t ignore_index,
+                                   double label_smoothing, int64_t reduction, Tensor row_max,
+                                   Tensor row_sum, Tensor total_weight) {
+  return backward(grad_loss, logits, target, weight, ignore_index, label_smoothing, reduction,
+                  row_max, row_sum, total_weight, /*target_gradient=*/false);
+}
+
+Tensor cross_entropy_backward_target_cuda(Tensor grad_loss, Tensor logits, Tensor target,
+                                          std::optional<Tensor> weight, int64_t ignore_index,
+                                          double label_smoothing, int64_t reduction, Tensor row_max,
+                                          Tensor row_sum, Tensor total_weight) {
+  return backward(grad_loss, logits, target, weight, ignore_index, label_smoothing, reduction,
+                  row_max, row_sum, total_weight, /*target_gradient=*/true);
+}
+
+// grad_logits *= grad_loss, which is read on the device: 1 costs a launch and nothing more.
+void cross_entropy_scale_cuda(Tensor grad_logits, Tensor grad_loss) {
+  check(grad_logits.is_cuda() && place_of(grad_loss) == place_of(grad_logits),
+        "every tensor must be on one CUDA device");
+  check(grad_loss.numel() == 1, "grad_loss must have one element");
+  check(is_dense(sizes_of(grad_logits),
+                 std::vector<int64_t>(grad_logits.strides().begin(), grad_logits.strides().end())),
+        "grad_logits must be dense, as the ops return it");
+  const int64_t count = grad_logits.numel();
+  if (count == 0) return;
+  const gpu::ScaleParams p{grad_logits.mutable_data_ptr(), count, grad_loss.const_data_ptr(),
+                           element_of(grad_loss.scalar_type())};
+  const int32_t device = place_of(grad_logits).index;
+  const int64_t blocks = gpu::scale_blocks(count, limits_of(device));
+  const Launcher launch(device);
+  gpu::with_element(element_of(grad_logits.scalar_type()), [&](auto element) {
+    using T = typename decltype(element)::type;
+    launch(&gpu::cross_entropy_scale<T>, blocks, gpu::kParcelThreads, 0, 1, p);
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastopt, CUDA, library) {
+  library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward_cuda));
+  library.impl("cross_entropy_forward_backward", TORCH_BOX(&cross_entropy_forward_backward_cuda));
+  library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward_cuda));
+  library.impl("cross_entropy_backward_target", TORCH_BOX(&cross_entropy_backward_target_cuda));
+  library.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale_cuda));
+}
+
+}  // namespace
+}  // namespace fastopt

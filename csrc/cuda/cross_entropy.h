@@ -1,0 +1,1072 @@
+// Softmax cross-entropy on GPU: loss, gradient with respect to logits, gradient with respect to
+// probability targets. The formula is in csrc/rules/softmax.h. Three ways through it, chosen by
+// cross_entropy_plan.h:
+//
+//   packed   few classes: up to 32 lanes share a row and keep it in registers.
+//   rows     classes contiguous: a warp, a block or a cluster of blocks per row. Where the gradient
+//            follows the loss, the row waits for it in shared memory: one read and one write per
+//            logit. A row too long for that is read a second time.
+//   strided  classes apart in memory: lanes run over rows and loop over classes, twice where the
+//            gradient follows; few rows are side by side, so the second read comes from cache.
+//
+// Before them `sums` adds up what the mean divides by, after them `finish` the losses: partial sums
+// in float64, each in an order that depends on nothing but shapes and device. Accumulation in
+// float32 (float64 for float64), one rounding at the store. Ignored rows are never read and get
+// gradient 0. A label out of range touches no memory: its loss and gradient are NaN.
+#pragma once
+
+#include "cross_entropy_plan.h"
+#include "primitives.h"
+#include "rules/cross_entropy.h"
+#include "rules/softmax.h"
+
+namespace fastopt::gpu {
+
+struct CrossEntropyParams : CrossEntropyProblem {
+  const void* weight;  // (classes), accumulation type, or null
+
+  // What the mean divides by: the sum of weight_parts; or what the forward pass kept; or known to
+  // the host (0 for labels where nothing is divided).
+  bool mean;
+  double* weight_parts;     // (weight_part_count) of labels that count, or null
+  const void* kept_weight;  // 0-dim, accumulation type, or null
+  double known_weight;
+  int weight_part_count;
+  // sum_c (e / C) w_c: the sum of smoothing_parts, or known to the host.
+  double* smoothing_parts;  // (smoothing_part_count) or null
+  double known_smoothing;   // e
+  int smoothing_part_count;
+
+  const void* grad_loss;  // 0-dim upstream gradient of grad_loss_type; null: 1
+  Element grad_loss_type;
+
+  double* loss_parts;  // (blocks) the sum of a block's row losses, or null
+  int64_t loss_part_count;
+  void* loss;  // 0-dim, loss_type, or null
+  Element loss_type;
+  void* total_weight;  // 0-dim, accumulation type, or null
+
+  // From the plan.
+  int lanes, cluster;
+  int64_t slice;
+};
+
+// ---- small pieces ----
+
+FASTOPT_DEVICE float larger(float a, float b) {  // b where a is NaN: a maximum never becomes NaN
+#if defined(__CUDA_ARCH__)
+  return ::fmaxf(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FASTOPT_DEVICE double larger(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return ::fmax(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// exp(d) for d <= 0, as exact as results of type T can show.
+template <class T>
+FASTOPT_DEVICE Acc<T> exp_for(Acc<T> d) {
+  if constexpr (sizeof(T) == 2) {
+    return exp_approximate(d);
+  } else {
+    return scalar_exp(d);
+  }
+}
+
+template <class A>
+FASTOPT_DEVICE A not_a_number() {
+  return static_cast<A>(__builtin_nanf(""));
+}
+
+FASTOPT_DEVICE double load_scalar(const void* p, Element type) {
+  switch (type) {
+    case Element::float32:
+      return static_cast<double>(*static_cast<const float*>(p));
+    case Element::float64:
+      return *static_cast<const double*>(p);
+    case Element::bfloat16:
+      return static_cast<double>(to_acc(*static_cast<const BFloat16*>(p)));
+    default:
+      return static_cast<double>(to_acc(*static_cast<const Half*>(p)));
+  }
+}
+FASTOPT_DEVICE void store_scalar(void* p, Element type, double value) {
+  switch (type) {
+    case Element::float32:
+      *static_cast<float*>(p) = static_cast<float>(value);
+      return;
+    case Element::float64:
+      *static_cast<double*>(p) = value;
+      return;
+    case Element::bfloat16:
+      *static_cast<BFloat16*>(p) = from_acc<BFloat16>(static_cast<float>(value));
+      return;
+    case Element::float16:
+      *static_cast<Half*>(p) = from_acc<Half>(static_cast<float>(value));
+  }
+}
+
+// Sums and maxima over `lanes` (a power of two up to 32) neighbouring lanes: the same in each.
+template <class V>
+FASTOPT_DEVICE V sum_of_lanes(V value, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+template <class A>
+FASTOPT_DEVICE A max_of_lanes(A value, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) value = larger(shuffle_xor(value, mask), value);
+  return value;
+}
+// Of statistics that share one maximum.
+template <bool kMass, class A>
+FASTOPT_DEVICE RowStats<A> sum_of_lanes(RowStats<A> stats, int lanes) {
+  stats.sum = sum_of_lanes(stats.sum, lanes);
+  if constexpr (kMass) {
+    stats.dot = sum_of_lanes(stats.dot, lanes);
+    stats.mass = sum_of_lanes(stats.mass, lanes);
+  }
+  return stats;
+}
+template <bool kMass, class A>
+FASTOPT_DEVICE RowStats<A> merge_lanes(RowStats<A> stats) {
+  return sum_of_lanes<kMass>(rebase(stats, max_of_lanes(stats.max, kWarpSize)), kWarpSize);
+}
+
+// The sum over a block of at most 32 warps, for its first thread. `scratch`: one per warp.
+FASTOPT_DEVICE double sum_of_block(double value, double* scratch) {
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  value = sum_of_lanes(value, kWarpSize);
+  if (lane == 0) scratch[warp] = value;
+  sync_block();
+  if (thread_index() == 0)
+    for (int i = 1; i < block_size() / kWarpSize; ++i) value += scratch[i];
+  return value;
+}
+
+// By all lanes of a warp: partial sums of an earlier kernel, in the same order everywhere.
+FASTOPT_DEVICE double sum_of_parts(const double* parts, int64_t count) {
+  double sum = 0;
+  for (int64_t i = thread_index() % kWarpSize; i < count; i += kWarpSize) sum += parts[i];
+  return sum_of_lanes(sum, kWarpSize);
+}
+
+// n elements from p: whole 16-byte words where p is `aligned` to them.
+enum class Cache { keep, stream };  // whether they will be read again soon
+template <int n, Cache kCache, class U>
+FASTOPT_DEVICE void load_some(const U* p, bool aligned, Acc<U>* out) {
+  if constexpr (n * sizeof(U) % sizeof(Words) == 0) {
+    if (aligned) {
+      constexpr int kPer = sizeof(Words) / sizeof(U);
+      for (int i = 0; i < n; i += kPer) {
+        const Words words = kCache == Cache::keep ? load_words(p + i) : load_words_streaming(p + i);
+        U some[kPer];
+        memcpy(some, &words, sizeof(words));
+        for (int k = 0; k < kPer; ++k) out[i + k] = to_acc(some[k]);
+      }
+      return;
+    }
+  }
+  for (int i = 0; i < n; ++i) out[i] = to_acc(p[i]);
+}
+template <int n, class U>
+FASTOPT_DEVICE void store_some(U* p, const Acc<U>* values) {  // n > 1: p is aligned
+  if constexpr (n * sizeof(U) % sizeof(Words) == 0) {
+    constexpr int kPer = sizeof(Words) / sizeof(U);
+    for (int i = 0; i < n; i += kPer) {
+      U some[kPer];
+      for (int k = 0; k < kPer; ++k) some[k] = from_acc<U>(values[i + k]);
+      Words words;
+      memcpy(&words, some, sizeof(words));
+      store_words_streaming(p + i, words);
+    }
+  } else {
+    for (int i = 0; i < n; ++i) p[i] = from_acc<U>(values[i]);
+  }
+}
+
+FASTOPT_DEVICE bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Words) == 0;
+}
+// Elements before the first whole word.
+template <class U>
+FASTOPT_DEVICE int64_t head_of(const U* p, int64_t count) {
+  const int64_t bytes = -reinterpret_cast<intptr_t>(p) & (sizeof(Words) - 1);
+  const int64_t head = bytes / static_cast<int64_t>(sizeof(U));
+  return head < count ? head : count;
+}
+
+template <int kVectors, int kSize>
+struct Shape {  // kVectors vectors of kSize elements each
+  static constexpr int vectors = kVectors, size = kSize, count = kVectors * kSize;
+};
+
+// visit(Shape, first, step) for all of [0, count): this lane's share of vectors of kSize elements
+// that start behind `head`, up to kVectors of them at a time and `step` apart, and single elements
+// at both ends.
+template <int kSize, int kVectors, class F>
+FASTOPT_DEVICE void for_my_elements(int64_t count, int64_t head, int64_t lane, int64_t lanes,
+                                    const F& visit) {
+  if (lane < head) visit(Shape<1, 1>{}, lane, int64_t{0});
+  const int64_t step = lanes * kSize;
+  const int64_t end = head + (count - head) / kSize * kSize;
+  int64_t c = head + lane * kSize;
+  if constexpr (kVectors > 1) {
+    for (; c + (kVectors - 1) * step < end; c += kVectors * step)
+      visit(Shape<kVectors, kSize>{}, c, step);
+  }
+  for (; c < end; c += step) visit(Shape<1, kSize>{}, c, step);
+  if (kSize > 1 && end + lane < count) visit(Shape<1, 1>{}, end + lane, int64_t{0});
+}
+
+// At the start of a block's shared memory.
+template <class A>
+struct BlockShared {
+  RowStats<A> of_warp[2][kMaxWarps];  // two rows' worth: one barrier a row is enough
+  double losses[kMaxWarps];
+  A upstream;
+  A smoothing_mass;
+};
+
+struct ClassIndex {};  // stands for the storage type of the target where it holds labels
+template <class TT>
+constexpr bool kIsClassIndex = false;
+template <>
+constexpr bool kIsClassIndex<ClassIndex> = true;
+
+// ---- one combination of logits type T, target type TT and options ----
+// kMass: every class carries target mass q_c (probabilities, or label smoothing).
+template <class T, class TT, bool kMass>
+struct CrossEntropy {
+  using A = Acc<T>;
+  using Stats = RowStats<A>;
+  static constexpr bool kLabels = kIsClassIndex<TT>;
+  static constexpr int kSize = static_cast<int>(sizeof(Words) / sizeof(T));
+  // Vectors of a lane under way at once: 64 bytes of accumulators, half of that where each has its
+  // mass beside it. More would not fit in the 64 registers that let 1024 threads share an SM.
+  static constexpr int kVectors = (kMass ? 32 : 64) / static_cast<int>(kSize * sizeof(A));
+
+  const CrossEntropyParams& p;
+  const A* const weight = static_cast<const A*>(p.weight);
+  A* const row_max = static_cast<A*>(p.row_max);
+  A* const row_sum = static_cast<A*>(p.row_sum);
+  BlockShared<A>& shared = *reinterpret_cast<BlockShared<A>*>(shared_memory());
+  double loss_sum = 0;  // of the rows whose loss this thread wrote
+  int turn = 0;         // which half of shared.of_warp comes next
+
+  static_assert(sizeof(BlockShared<A>) <= block_shared_bytes(sizeof(A)), "the plan reserves it");
+
+  FASTOPT_MEMBER explicit CrossEntropy(const CrossEntropyParams& params) : p(params) {}
+
+  FASTOPT_MEMBER int64_t rows() const { return p.batch * p.positions; }
+
+  FASTOPT_MEMBER int64_t offset(const Strides& strides, int64_t row) const {
+    if (p.positions == 1) return row * strides.batch;
+    return row / p.positions * strides.batch + row % p.positions * strides.position;
+  }
+
+  // What all rows share: the scalar upstream gradient times the reduction's factor, and the mass
+  // that label smoothing gives a row. One warp adds up the partial sums for the block.
+  FASTOPT_MEMBER void begin_block() {
+    if (thread_index() < kWarpSize) {
+      double smoothing = p.known_smoothing;
+      if (p.smoothing_parts != nullptr)
+        smoothing = sum_of_parts(p.smoothing_parts, p.smoothing_part_count);
+      double upstream = p.grad_loss != nullptr ? load_scalar(p.grad_loss, p.grad_loss_type) : 1.0;
+      if (p.mean && p.grad != nullptr) upstream = mean_of(p, upstream, total_weight(p));
+      if (thread_index() == 0) {
+        if (p.total_weight != nullptr && p.loss == nullptr && block_index() == 0)
+          *static_cast<A*>(p.total_weight) = static_cast<A>(p.known_weight);
+        shared.upstream = static_cast<A>(upstream);
+        shared.smoothing_mass = static_cast<A>(smoothing);
+      }
+    }
+    sync_block();
+  }
+
+  FASTOPT_MEMBER static double total_weight(const CrossEntropyParams& p) {
+    if (p.weight_parts != nullptr) return sum_of_parts(p.weight_parts, p.weight_part_count);
+    if (p.kept_weight != nullptr) return static_cast<double>(*static_cast<const A*>(p.kept_weight));
+    return p.known_weight;
+  }
+
+  // Weights that add up to 0 divide by 0 as in torch, part by part: next to label smoothing's part
+  // the true classes' 0 / 0 makes everything NaN.
+  FASTOPT_MEMBER static double mean_of(const CrossEntropyParams& p, double value, double total) {
+    return total == 0 && p.uniform > 0 ? not_a_number<double>() : value / total;
+  }
+
+  FASTOPT_MEMBER void end_block() {
+    const double sum = sum_of_block(loss_sum, shared.losses);
+    if (p.loss_parts != nullptr && thread_index() == 0) p.loss_parts[block_index()] = sum;
+  }
+
+  FASTOPT_MEMBER A upstream(int64_t row) const {
+    const A scale = shared.upstream;
+    return p.row_upstream != nullptr ? scale * static_cast<const A*>(p.row_upstream)[row] : scale;
+  }
+
+  struct Row {
+    int64_t y = 0;         // the label, where it is in range
+    bool ignored = false;  // counts for nothing
+    bool invalid = false;  // becomes NaN: its label is out of range
+  };
+  FASTOPT_MEMBER Row row_at(int64_t r) const {
+    Row row;
+    if constexpr (kLabels) {
+      row.y = p.labels[r];
+      row.ignored = row.y == p.ignore_index;
+      row.invalid = !row.ignored && (row.y < 0 || row.y >= p.classes);
+      if (row.ignored || row.invalid) row.y = -1;
+    }
+    return row;
+  }
+
+  // The true class's own mass (1 - e) w_y, and its q_y, which adds its share of the smoothing.
+  FASTOPT_MEMBER A true_mass(int64_t y) const {
+    const A keep = static_cast<A>(p.keep);
+    return weight != nullptr && y >= 0 ? product(keep, weight[y]) : keep;
+  }
+  FASTOPT_MEMBER A total_mass(int64_t y) const {
+    if constexpr (!kMass) return true_mass(y);
+    const A uniform = static_cast<A>(p.uniform);
+    return true_mass(y) + (weight != nullptr ? product(uniform, weight[y]) : uniform);
+  }
+
+  // q of n classes, from t[t_at] (probabilities) and w[w_at] (class weights, or null) on. Products
+  // are rounded: q_c is the same number wherever it is met, and with one class a p - q is 0.
+  template <int n, Cache kCache>
+  FASTOPT_MEMBER void masses(const TT* t, int64_t t_at, bool t_aligned, const A* w, int64_t w_at,
+                             bool w_aligned, A* q) const {
+    const A keep = static_cast<A>(p.keep), uniform = static_cast<A>(p.uniform);
+    if constexpr (kLabels) {
+      for (int i = 0; i < n; ++i) q[i] = uniform;
+    } else {
+      load_some<n, kCache>(t + t_at, t_aligned, q);
+      for (int i = 0; i < n; ++i) q[i] = keep * q[i] + uniform;
+    }
+    if (w != nullptr) {
+      A factor[n];
+      load_some<n, Cache::keep>(w + w_at, w_aligned, factor);
+      for (int i = 0; i < n; ++i) q[i] = product(q[i], factor[i]);
+    }
+  }
+
+  // Takes n more logits (overwritten) and their masses into account.
+  template <int n>
+  FASTOPT_MEMBER static void add(Stats& stats, A* x, const A* q) {
+    A max = stats.max;
+    for (int i = 0; i < n; ++i) max = larger(x[i], max);
+    stats = rebase(stats, max);
+    const A base = stats_base(max);
+    A dot = 0, mass = 0;
+    for (int i = 0; i < n; ++i) {
+      const A d = x[i] - base;
+      x[i] = exp_for<T>(d);
+      if constexpr (kMass) {
+        dot += q[i] * d;
+        mass += q[i];
+      }
+    }
+    // Small terms meet one another before they meet a sum that has outgrown their last digits.
+    for (int width = n / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) x[i] += x[i + width];
+    stats.sum += x[0];
+    stats.dot += dot;
+    stats.mass += mass;
+  }
+
+  // From a row's merged statistics to those that its loss and gradient follow from.
+  FASTOPT_MEMBER Stats complete(Stats stats, const Row& row, A true_logit) const {
+    if (row.ignored) return {0, 1, 0, 0};
+    stats = fastopt::finish(stats);
+    if constexpr (kLabels) {
+      stats.mass = shared.smoothing_mass;  // the sweep's own sum has rounding errors
+      stats = add_true_class(stats, true_logit, true_mass(row.y));
+    }
+    if (row.invalid) stats.sum = not_a_number<A>();
+    return stats;
+  }
+
+  // By one thread of those that share the row.
+  FASTOPT_MEMBER void write_results(int64_t r, const Row& row, const Stats& stats) {
+    const A loss = row.ignored ? A(0) : fastopt::row_loss(stats);
+    if (p.row_loss != nullptr) static_cast<A*>(p.row_loss)[r] = loss;
+    if (p.row_max != nullptr) {
+      row_max[r] = stats.max;
+      row_sum[r] = stats.sum;
+    }
+    loss_sum += static_cast<double>(loss);
+  }
+
+  // What the forward pass kept, completed by the target's mass: `mass` of probabilities.
+  FASTOPT_MEMBER Stats recall(int64_t r, const Row& row, A mass) const {
+    if (kLabels) mass = row.ignored ? A(0) : shared.smoothing_mass + true_mass(row.y);
+    return {row_max[r], row.invalid ? not_a_number<A>() : row_sum[r], 0, mass};
+  }
+
+  // Everything that a row's gradient needs. The difference a p - q is taken before the products
+  // with `up` and before rounding: softmax rounded to half precision first would leave nothing of
+  // p_y - 1 on a confident row.
+  struct Gradient {
+    A up, max;
+    A factor;   // a / sum
+    A log_sum;  // for the gradient of the target
+  };
+  FASTOPT_MEMBER Gradient gradient_of(int64_t r, const Stats& stats) const {
+    return {upstream(r), stats.max, softmax_factor(stats),
+            p.target_gradient ? scalar_log(stats.sum) : A(0)};
+  }
+  // up (a p_c - q_c) for a class that is not the true one; q: its mass, where kMass.
+  FASTOPT_MEMBER static A logit_gradient(const Gradient& g, A x, A q) {
+    if constexpr (kMass) return g.up * (g.factor * exp_for<T>(x - g.max) - q);
+    return g.up * g.factor * exp_for<T>(x - g.max);
+  }
+  // up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
+  FASTOPT_MEMBER A true_gradient(const Gradient& g, A x, int64_t y) const {
+    return g.up * (g.factor * exp_for<T>(x - g.max) - total_mass(y)) + (g.up - g.up);
+  }
+  // d loss / d t_c = up w_c (1 - e) (log(sum) - (x_c - max))
+  FASTOPT_MEMBER A target_gradient(const Gradient& g, A x, int64_t c) const {
+    return g.up * true_mass(c) * (g.log_sum - (x - g.max));
+  }
+  FASTOPT_MEMBER A any_gradient(const Gradient& g, const Row& row, A x, A q, int64_t c) const {
+    if constexpr (kLabels) {
+      if (row.ignored) return 0;
+      return c == row.y ? true_gradient(g, x, c) : logit_gradient(g, x, q);
+    } else {
+      return p.target_gradient ? target_gradient(g, x, c) : logit_gradient(g, x, q);
+    }
+  }
+
+  FASTOPT_MEMBER void write_one(int64_t at, A value) const {
+    if constexpr (!kLabels) {
+      if (p.target_gradient) {
+        static_cast<TT*>(p.grad)[at] = from_acc<TT>(value);
+        return;
+      }
+    }
+    static_cast<T*>(p.grad)[at] = from_acc<T>(value);
+  }
+
+  // ---- packed ----
+
+  FASTOPT_MEMBER void packed() {
+    begin_block();
+    const int lane = thread_index() % p.lanes;
+    const int64_t tile_rows = block_size() / p.lanes;
+    for (int64_t first = block_index() * tile_rows; first < rows();
+         first += grid_size() * tile_rows) {
+      // Lanes without a row come along: all 32 of a warp take part in shuffles.
+      const int64_t r = first + thread_index() / p.lanes;
+      packed_row(r < rows() ? r : rows() - 1, r < rows(), lane);
+    }
+    end_block();
+  }
+
+  FASTOPT_MEMBER void packed_row(int64_t r, bool live, int lane) {
+    const Row row = row_at(r);
+    const T* const logits = static_cast<const T*>(p.logits) + offset(p.logits_strides, r);
+    const TT* const target =
+        kLabels ? nullptr : static_cast<const TT*>(p.probabilities) + offset(p.target_strides, r);
+    A x[kPackedPerLane], q[kPackedPerLane];
+    Stats stats = empty_stats<A>();
+    for (int k = 0; k < kPackedPerLane; ++k) {
+      const int64_t c = lane + static_cast<int64_t>(k) * p.lanes;
+      const bool inside = c < p.classes && !row.ignored;
+      x[k] = inside ? to_acc(logits[c]) : -static_cast<A>(__builtin_inff());
+      q[k] = 0;
+      if constexpr (kMass) {
+        if (inside) masses<1, Cache::keep>(target, c, false, weight, c, false, &q[k]);
+      }
+      stats.max = larger(x[k], stats.max);
+    }
+    if (!p.recompute) {
+      stats.max = max_of_lanes(stats.max, p.lanes);
+      const A base = stats_base(stats.max);
+      for (int k = 0; k < kPackedPerLane; ++k) {
+        const bool inside = lane + static_cast<int64_t>(k) * p.lanes < p.classes && !row.ignored;
+        const A d = x[k] - base;
+        stats.sum += exp_for<T>(d);
+        if (kMass && inside) {
+          stats.dot += q[k] * d;
+          stats.mass += q[k];
+        }
+      }
+      const A true_logit = kLabels && row.y >= 0 ? to_acc(logits[row.y]) : A(0);
+      stats = complete(sum_of_lanes<kMass>(stats, p.lanes), row, true_logit);
+      if (live && lane == 0) write_results(r, row, stats);
+    } else {
+      A mass = 0;
+      if constexpr (!kLabels) {
+        for (int k = 0; k < kPackedPerLane; ++k) mass += q[k];
+        mass = sum_of_lanes(mass, p.lanes);
+      }
+      stats = recall(r, row, mass);
+    }
+    if (!live || p.grad == nullptr) return;
+    const Gradient g = gradient_of(r, stats);
+    const int64_t at = offset(p.grad_strides, r);
+    for (int k = 0; k < kPackedPerLane; ++k) {
+      const int64_t c = lane + static_cast<int64_t>(k) * p.lanes;
+      if (c >= p.classes) break;
+      write_one(at + c, any_gradient(g, row, x[k], q[k], c));
+    }
+  }
+
+  // ---- rows: a warp, a block or a cluster of blocks per row ----
+
+  // This block's classes of a row, in memory and, where held, in shared memory.
+  struct Slice {
+    int64_t begin, count;
+    const T* x;
+    const TT* t;
+    bool t_aligned, w_aligned;  // wherever x is
+    const A* w;                 // weights from `begin` on, or null
+    int64_t head;               // classes before x is aligned
+  };
+
+  FASTOPT_MEMBER bool shares_block() const { return p.lanes > kWarpSize; }
+
+  FASTOPT_MEMBER void sync_row() const {
+    if (shares_block()) {
+      sync_block();
+    } else {
+      sync_warp();
+    }
+  }
+
+  template <bool kHeld>
+  FASTOPT_MEMBER void rows_kernel() {
+    begin_block();
+    const int lane = thread_index() % p.lanes, group = thread_index() / p.lanes;
+    const int64_t groups = block_size() / p.lanes;
+    const int rank = p.cluster > 1 ? cluster_rank() : 0;
+    // Where this group holds its slice.
+    const int64_t x_bytes = held_bytes(p.slice, sizeof(T));
+    const int64_t t_bytes = kLabels ? 0 : held_bytes(p.slice, sizeof(TT));
+    char* const held =
+        shared_memory() + block_shared_bytes(sizeof(A)) + group * (x_bytes + t_bytes);
+
+    for (int64_t r = block_index() / p.cluster * groups + group; r < rows();
+         r += grid_size() / p.cluster * groups) {
+      const Row row = row_at(r);
+      const Slice read = slice_at(r, rank);
+      const Slice slice = kHeld ? held_slice(read, held, held + x_bytes) : read;
+      Stats stats{};
+      if (!kHeld && p.recompute) {
+        A mass = 0;
+        if constexpr (!kLabels) {
+          if (!p.target_gradient) mass = mass_of(slice, lane);
+        }
+        stats = recall(r, row, mass);
+      } else {
+        const A true_logit =
+            kLabels && row.y >= 0
+                ? to_acc(static_cast<const T*>(p.logits)[offset(p.logits_strides, r) + row.y])
+                : A(0);
+        if (!row.ignored) {
+          if constexpr (kHeld) hold(read, slice, lane);
+          stats = merge(sweep<kHeld>(slice, lane));
+        }
+        stats = complete(stats, row, true_logit);
+        if (lane == 0 && rank == 0) write_results(r, row, stats);
+      }
+      if (p.grad != nullptr) {
+        const Gradient g = gradient_of(r, stats);
+        const int64_t at = offset(p.grad_strides, r) + slice.begin;
+        if (kHeld && !shares_block()) sync_warp();  // else merge() was the barrier
+        if constexpr (kLabels || kHeld) {
+          write_gradient<kHeld, false>(static_cast<T*>(p.grad) + at, g, row, slice, lane);
+        } else if (p.target_gradient) {
+          write_gradient<kHeld, true>(static_cast<TT*>(p.grad) + at, g, row, slice, lane);
+        } else {
+          write_gradient<kHeld, false>(static_cast<T*>(p.grad) + at, g, row, slice, lane);
+        }
+        if (kHeld) sync_row();  // before the next row comes in its place
+      }
+    }
+    if (p.cluster > 1) sync_cluster();  // others may still read this block's of_warp
+    end_block();
+  }
+
+  FASTOPT_MEMBER Slice slice_at(int64_t r, int rank) const {
+    Slice s{};
+    s.begin = rank * p.slice < p.classes ? rank * p.slice : p.classes;
+    s.count = p.classes - s.begin < p.slice ? p.classes - s.begin : p.slice;
+    s.x = static_cast<const T*>(p.logits) + offset(p.logits_strides, r) + s.begin;
+    s.head = head_of(s.x, s.count);
+    if constexpr (!kLabels) {
+      s.t = static_cast<const TT*>(p.probabilities) + offset(p.target_strides, r) + s.begin;
+      s.t_aligned = is_aligned(s.t + s.head);
+    }
+    if (weight != nullptr) {
+      s.w = weight + s.begin;
+      s.w_aligned = is_aligned(s.w + s.head);
+    }
+    return s;
+  }
+
+  // The slice in shared memory, aligned there as its logits are in global memory.
+  FASTOPT_MEMBER Slice held_slice(Slice s, char* x_memory, char* t_memory) const {
+    constexpr int kTargetSize = static_cast<int>(sizeof(Words) / sizeof(TT));
+    s.x = reinterpret_cast<T*>(x_memory) + (kSize - s.head % kSize) % kSize;
+    if constexpr (!kLabels) {
+      s.t = reinterpret_cast<TT*>(t_memory) + (kTargetSize - s.head % kTargetSize) % kTargetSize;
+      s.t_aligned = true;
+    }
+    return s;
+  }
+
+  // Every lane copies what it will be the first to read.
+  FASTOPT_MEMBER void hold(const Slice& from, const Slice& held, int lane) const {
+    T* const x = const_cast<T*>(held.x);
+    TT* const t = const_cast<TT*>(held.t);
+    for_my_elements<kSize, 1>(from.count, from.head, lane, p.lanes,
+                              [&](auto shape, int64_t c, int64_t) {
+                                copy_some<shape.count>(x + c, from.x + c, true);
+                                if constexpr (!kLabels)
+                                  copy_some<shape.count>(t + c, from.t + c, from.t_aligned);
+                              });
+    wait_for_copies();
+  }
+  template <int n, class U>
+  FASTOPT_MEMBER static void copy_some(U* to, const U* from, bool aligned) {
+    if constexpr (n * sizeof(U) % sizeof(Words) == 0) {
+      if (aligned) {
+        constexpr int kPer = sizeof(Words) / sizeof(U);
+        for (int i = 0; i < n; i += kPer) copy_words_async(to + i, from + i);
+        return;
+      }
+    }
+    for (int i = 0; i < n; ++i) to[i] = from[i];
+  }
+
+  // This lane's statistics of a slice.
+  template <bool kHeld>
+  FASTOPT_MEMBER Stats sweep(const Slice& s, int lane) const {
+    Stats stats = empty_stats<A>();
+    for_my_elements<kSize, kVectors>(
+        s.count, s.head, lane, p.lanes, [&](auto shape, int64_t first, int64_t step) {
+          constexpr int n = shape.size;
+          A x[shape.count], q[shape.count] = {};
+          for (int i = 0; i < shape.vectors; ++i) {
+            const int64_t c = first + i * step;
+            load_some<n, Cache::keep>(s.x + c, true, x + i * n);
+            if constexpr (kMass)
+              masses<n, Cache::keep>(s.t, c, s.t_aligned, s.w, c, s.w_aligned, q + i * n);
+          }
+          add<shape.count>(stats, x, q);
+        });
+    return stats;
+  }
+
+  // sum_c q_c of probabilities over the whole row.
+  FASTOPT_MEMBER A mass_of(const Slice& s, int lane) {
+    Stats stats = empty_stats<A>();
+    for_my_elements<kSize, kVectors>(
+        s.count, s.head, lane, p.lanes, [&](auto shape, int64_t first, int64_t step) {
+          constexpr int n = shape.size;
+          A q[shape.count];
+          for (int i = 0; i < shape.vectors; ++i)
+            masses<n, Cache::keep>(s.t, first + i * step, s.t_aligned, s.w, first + i * step,
+                                   s.w_aligned, q + i * n);
+          for (int width = shape.count / 2; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) q[i] += q[i + width];
+          stats.mass += q[0];
+        });
+    return merge(stats).mass;
+  }
+
+  // The whole row's statistics, the same bits in every thread. Each warp leaves its own in shared
+  // memory; after one barrier every warp reads them all, its cluster's too.
+  FASTOPT_MEMBER Stats merge(Stats stats) {
+    stats = merge_lanes<kMass>(stats);
+    if (!shares_block()) return stats;
+    const int warps = block_size() / kWarpSize, lane = thread_index() % kWarpSize;
+    RowStats<A>* const mine = shared.of_warp[turn];
+    turn = 1 - turn;
+    if (lane == 0) mine[thread_index() / kWarpSize] = stats;
+    if (p.cluster > 1) {
+      sync_cluster();
+    } else {
+      sync_block();
+    }
+    stats = empty_stats<A>();
+    for (int i = lane; i < warps * p.cluster; i += kWarpSize) {
+      const RowStats<A>* const from = p.cluster > 1 ? shared_of(mine, i / warps) : mine;
+      stats = fastopt::merge(stats, from[i % warps]);
+    }
+    return merge_lanes<kMass>(stats);
+  }
+
+  // The stores are the aligned ones: a gradient that lies otherwise than its logits (they are a
+  // view of a larger buffer, say) reads those one by one, from shared memory or a cache.
+  template <bool kHeld, bool kTarget, class U>
+  FASTOPT_MEMBER void write_gradient(U* grad, const Gradient& g, const Row& row, const Slice& s,
+                                     int lane) const {
+    constexpr int kGradSize = static_cast<int>(sizeof(Words) / sizeof(U));
+    constexpr Cache kCache = kHeld ? Cache::keep : Cache::stream;
+    const int64_t head = head_of(grad, s.count);
+    if (row.ignored) {
+      const A zeros[kGradSize] = {};
+      return for_my_elements<kGradSize, 1>(
+          s.count, head, lane, p.lanes,
+          [&](auto shape, int64_t c, int64_t) { store_some<shape.count>(grad + c, zeros); });
+    }
+    const bool x_aligned = is_aligned(s.x + head);
+    const bool w_aligned = s.w != nullptr && is_aligned(s.w + head);
+    bool t_aligned = false;
+    if constexpr (!kLabels) t_aligned = is_aligned(s.t + head);
+    for_my_elements<kGradSize, kMass ? 1 : 2>(
+        s.count, head, lane, p.lanes, [&](auto shape, int64_t first, int64_t step) {
+          constexpr int n = shape.size;
+          A x[shape.count], q[shape.count] = {};
+          for (int i = 0; i < shape.vectors; ++i) {
+            const int64_t c = first + i * step;
+            load_some<n, kCache>(s.x + c, x_aligned, x + i * n);
+            if constexpr (kMass && !kTarget)
+              masses<n, kCache>(s.t, c, t_aligned, s.w, c, w_aligned, q + i * n);
+          }
+          for (int i = 0; i < shape.vectors; ++i) {
+            const int64_t c = first + i * step;
+            A values[n];
+            for (int k = 0; k < n; ++k) {
+              values[k] = kTarget ? target_gradient(g, x[i * n + k], s.begin + c + k)
+                                  : logit_gradient(g, x[i * n + k], q[i * n + k]);
+            }
+            if constexpr (kLabels) {
+              const int64_t at = row.y - s.begin - c;
+              if (0 <= at && at < n) {
+                for (int k = 0; k < n; ++k)
+                  if (k == at) values[k] = true_gradient(g, x[i * n + k], row.y);
+              }
+            }
+            store_some<n>(grad + c, values);
+          }
+        });
+  }
+
+  // ---- strided: p.lanes rows side by side, the block's other threads divide the classes ----
+
+  static constexpr int kStridedClasses = 8;  // of a thread, under way at once
+
+  FASTOPT_MEMBER void strided() {
+    begin_block();
+    const int lane = thread_index() % p.lanes;
+    for (int64_t tile = block_index(); tile * p.lanes < rows(); tile += grid_size()) {
+      const int64_t r = tile * p.lanes + lane;
+      strided_row(r < rows() ? r : rows() - 1, r < rows());
+    }
+    end_block();
+  }
+
+  // visit(Shape, c) over this thread's classes, up to kStridedClasses in a row.
+  template <class F>
+  FASTOPT_MEMBER void for_my_classes(const F& visit) const {
+    const int64_t parts = block_size() / p.lanes;
+    for (int64_t c = thread_index() / p.lanes * kStridedClasses; c < p.classes;
+         c += parts * kStridedClasses) {
+      if (c + kStridedClasses <= p.classes) {
+        visit(Shape<1, kStridedClasses>{}, c);
+      } else {
+        for (int64_t last = c; last < p.classes; ++last) visit(Shape<1, 1>{}, last);
+      }
+    }
+  }
+
+  FASTOPT_MEMBER void strided_row(int64_t r, bool live) {
+    const Row row = row_at(r);
+    const T* const logits = static_cast<const T*>(p.logits) + offset(p.logits_strides, r);
+    const TT* const target =
+        kLabels ? nullptr : static_cast<const TT*>(p.probabilities) + offset(p.target_strides, r);
+    const int64_t step = p.logits_strides.cls, target_step = p.target_strides.cls;
+    const bool needed = live && !row.ignored;
+
+    const auto load = [&](auto shape, int64_t c, A* x, A* q) {
+      for (int k = 0; k < shape.count; ++k) x[k] = to_acc(logits[(c + k) * step]);
+      load_masses(shape, target, target_step, c, q);
+    };
+    Stats stats = empty_stats<A>();
+    if (!p.recompute) {
+      if (needed) {
+        for_my_classes([&](auto shape, int64_t c) {
+          A x[shape.count], q[shape.count] = {};
+          load(shape, c, x, q);
+          add<shape.count>(stats, x, q);
+        });
+      }
+      const A true_logit = kLabels && row.y >= 0 ? to_acc(logits[row.y * step]) : A(0);
+      stats = complete(merge_parts(stats), row, true_logit);
+      if (live && thread_index() < p.lanes) write_results(r, row, stats);
+    } else {
+      if (!kLabels && !p.target_gradient) {
+        for_my_classes([&](auto shape, int64_t c) {
+          A q[shape.count];
+          load_masses(shape, target, target_step, c, q);
+          for (int k = 0; k < shape.count; ++k) stats.mass += q[k];
+        });
+        stats = merge_parts(stats);
+      }
+      stats = recall(r, row, stats.mass);
+    }
+    if (!live || p.grad == nullptr) return;
+    const Gradient g = gradient_of(r, stats);
+    const int64_t at = offset(p.grad_strides, r);
+    for_my_classes([&](auto shape, int64_t c) {
+      A x[shape.count] = {}, q[shape.count] = {};
+      if (!row.ignored) load(shape, c, x, q);
+      for (int k = 0; k < shape.count; ++k)
+        write_one(at + (c + k) * p.grad_strides.cls, any_gradient(g, row, x[k], q[k], c + k));
+    });
+  }
+
+  template <class S>
+  FASTOPT_MEMBER void load_masses(S shape, const TT* target, int64_t step, int64_t c, A* q) const {
+    if constexpr (kMass) {
+      for (int k = 0; k < shape.count; ++k)
+        masses<1, Cache::keep>(target, (c + k) * step, false, weight, c + k, false, q + k);
+    }
+  }
+
+  // A row's statistics from all threads that share it, in one order.
+  FASTOPT_MEMBER Stats merge_parts(const Stats& stats) {
+    const int parts = block_size() / p.lanes;
+    if (parts == 1) return stats;
+    Stats* const all = reinterpret_cast<Stats*>(shared_memory() + block_shared_bytes(sizeof(A)));
+    sync_block();  // the row before is through with them
+    all[thread_index()] = stats;
+    sync_block();
+    Stats merged = empty_stats<A>();
+    for (int part = 0; part < parts; ++part)
+      merged = fastopt::merge(merged, all[part * p.lanes + thread_index() % p.lanes]);
+    return merged;
+  }
+};
+
+// ---- the kernels ----
+
+// Threads that the registers must leave room for, 64 registers each (float64: 128).
+template <class T>
+constexpr int kThreadsPerSm = sizeof(T) == 8 ? 512 : 1024;
+
+template <class T, class TT, bool kMass>
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads, kThreadsPerSm<T> / kParcelThreads)
+    cross_entropy_packed(FASTOPT_PARAMS CrossEntropyParams p) {
+  CrossEntropy<T, TT, kMass>(p).packed();
+}
+
+template <class T, class TT, bool kMass, bool kHeld>
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads, kThreadsPerSm<T> / kMaxThreads)
+    cross_entropy_rows(FASTOPT_PARAMS CrossEntropyParams p) {
+  CrossEntropy<T, TT, kMass>(p).template rows_kernel<kHeld>();
+}
+
+template <class T, class TT, bool kMass>
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kStridedThreads, kThreadsPerSm<T> / kStridedThreads)
+    cross_entropy_strided(FASTOPT_PARAMS CrossEntropyParams p) {
+  CrossEntropy<T, TT, kMass>(p).strided();
+}
+
+// Partial sums over the labels that count (of their weights), and over the smoothing's masses.
+// Blocks beyond the number of one kind's parts have nothing to do for it.
+template <class A>
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kSumThreads)
+    cross_entropy_sums(FASTOPT_PARAMS CrossEntropyParams p) {
+  double* const scratch = reinterpret_cast<double*>(shared_memory());
+  const A* const weight = static_cast<const A*>(p.weight);
+  const int64_t block = block_index();
+  if (p.weight_parts != nullptr && block < p.weight_part_count) {
+    const int64_t rows = p.batch * p.positions;
+    double sum = 0;
+    for (int64_t r = block * block_size() + thread_index(); r < rows;
+         r += static_cast<int64_t>(p.weight_part_count) * block_size()) {
+      const int64_t y = p.labels[r];
+      if (y == p.ignore_index) continue;
+      const bool inside = y >= 0 && y < p.classes;
+      sum += weight != nullptr && inside ? static_cast<double>(weight[y]) : 1.0;
+    }
+    sum = sum_of_block(sum, scratch);
+    if (thread_index() == 0) p.weight_parts[block] = sum;
+  }
+  sync_block();
+  if (p.smoothing_parts != nullptr && block < p.smoothing_part_count) {
+    double sum = 0;
+    for (int64_t c = block * block_size() + thread_index(); c < p.classes;
+         c += static_cast<int64_t>(p.smoothing_part_count) * block_size())
+      sum += static_cast<double>(static_cast<A>(p.uniform) * weight[c]);
+    sum = sum_of_block(sum, scratch);
+    if (thread_index() == 0) p.smoothing_parts[block] = sum;
+  }
+}
+
+// One block: the loss from the blocks' sums, and what the mean divided by.
+template <class A>
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads)
+    cross_entropy_finish(FASTOPT_PARAMS CrossEntropyParams p) {
+  using AnyKernel = CrossEntropy<A, ClassIndex, false>;
+  double* const scratch = reinterpret_cast<double*>(shared_memory());
+  double loss = 0;
+  for (int64_t i = thread_index(); i < p.loss_part_count; i += block_size())
+    loss += p.loss_parts[i];
+  loss = sum_of_block(loss, scratch);
+  if (thread_index() >= kWarpSize) return;
+  const double total = AnyKernel::total_weight(p);
+  if (thread_index() > 0) return;
+  if (p.mean) loss = AnyKernel::mean_of(p, loss, total);
+  if (p.loss != nullptr) store_scalar(p.loss, p.loss_type, loss);
+  if (p.total_weight != nullptr) *static_cast<A*>(p.total_weight) = static_cast<A>(total);
+}
+
+struct ScaleParams {
+  void* values;  // (count)
+  int64_t count;
+  const void* factor;  // 0-dim, factor_type
+  Element factor_type;
+};
+
+// values *= factor. A factor of 1 reads nothing but itself.
+template <class T>
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads)
+    cross_entropy_scale(FASTOPT_PARAMS ScaleParams p) {
+  const Acc<T> factor = static_cast<Acc<T>>(load_scalar(p.factor, p.factor_type));
+  if (factor == Acc<T>(1)) return;
+  T* const values = static_cast<T*>(p.values);
+  const int64_t threads = grid_size() * block_size();
+  const int64_t thread = block_index() * block_size() + thread_index();
+  for_my_elements<static_cast<int>(sizeof(Words) / sizeof(T)), 4>(
+      p.count, head_of(values, p.count), thread, threads,
+      [&](auto shape, int64_t first, int64_t step) {
+        constexpr int n = shape.size;
+        Acc<T> v[shape.count];
+        for (int i = 0; i < shape.vectors; ++i)
+          load_some<n, Cache::stream>(values + first + i * step, true, v + i * n);
+        for (int i = 0; i < shape.count; ++i) v[i] *= factor;
+        for (int i = 0; i < shape.vectors; ++i) store_some<n>(values + first + i * step, v + i * n);
+      });
+}
+
+// ---- which instantiation: for the launcher and the emulation alike ----
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// run(Type<T>) for an element type.
+template <class F>
+void with_element(Element element, const F& run) {
+  switch (element) {
+    case Element::float32:
+      return run(Type<float>{});
+    case Element::float64:
+      return run(Type<double>{});
+    case Element::bfloat16:
+      return run(Type<BFloat16>{});
+    case Element::float16:
+      return run(Type<Half>{});
+  }
+}
+
+inline int64_t bytes_of(Element element) {
+  switch (element) {
+    case Element::float32:
+      return 4;
+    case Element::float64:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+// What the plan asks about a call.
+inline CrossEntropyShape shape_of(const CrossEntropyParams& p) {
+  const bool labels = p.probabilities == nullptr;
+  CrossEntropyShape shape{};
+  shape.rows = p.batch * p.positions;
+  shape.classes = p.classes;
+  shape.logit_bytes = bytes_of(p.logits_type);
+  shape.target_bytes = labels ? 0 : bytes_of(p.target_type);
+  shape.contiguous_classes = p.logits_strides.cls == 1 && (labels || p.target_strides.cls == 1) &&
+                             (p.grad == nullptr || p.grad_strides.cls == 1);
+  shape.reads_twice = p.grad != nullptr && !p.recompute;
+  return shape;
+}
+
+// launch(kernel, blocks, threads, shared_bytes, cluster, params) in the order of the stream: the
+// whole call. `workspace`: workspace_doubles() of device memory.
+inline int64_t workspace_doubles(const CrossEntropyPlan& plan) {
+  return 2 * kMaxParts + plan.blocks;
+}
+
+template <class T, class TT, bool kMass, class Launch>
+void launch_plan(const CrossEntropyParams& p, const CrossEntropyPlan& plan, const Launch& launch) {
+  const auto run = [&](auto kernel) {
+    launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, p);
+  };
+  switch (plan.kernel) {
+    case CrossEntropyKernel::packed:
+      return run(&cross_entropy_packed<T, TT, kMass>);
+    case CrossEntropyKernel::rows:
+      return plan.held ? run(&cross_entropy_rows<T, TT, kMass, true>)
+                       : run(&cross_entropy_rows<T, TT, kMass, false>);
+    case CrossEntropyKernel::strided:
+      return run(&cross_entropy_strided<T, TT, kMass>);
+  }
+}
+
+template <class Launch>
+void launch_cross_entropy(CrossEntropyParams p, const CrossEntropyPlan& plan, double* workspace,
+                          const Launch& launch) {
+  const int64_t rows = p.batch * p.positions;
+  const bool is_double = p.logits_type == Element::float64;
+  p.lanes = plan.lanes;
+  p.cluster = plan.cluster;
+  p.slice = plan.slice;
+
+  // Labels decide what the mean divides by, unless the forward pass has kept it.
+  if (p.labels != nullptr && p.mean && !p.recompute) {
+    p.weight_parts = workspace;
+    p.weight_part_count = sum_blocks(rows);
+  }
+  if (p.labels != nullptr && p.weight != nullptr && p.uniform > 0) {
+    p.smoothing_parts = workspace + kMaxParts;
+    p.smoothing_part_count = sum_blocks(p.classes);
+  }
+  const int parts = std::max(p.weight_part_count, p.smoothing_part_count);
+  if (parts > 0) {
+    const auto kernel = is_double ? &cross_entropy_sums<double> : &cross_entropy_sums<float>;
+    launch(kernel, parts, kSumThreads, kMaxWarps * 8, 1, p);
+  }
+
+  if (p.loss != nullptr) {
+    p.loss_parts = workspace + 2 * kMaxParts;
+    p.loss_part_count = plan.blocks;
+  }
+  if (plan.blocks > 0) {
+    with_element(p.logits_type, [&](auto logits) {
+      using T = typename decltype(logits)::type;
+      if (p.labels != nullptr) {
+        if (p.uniform > 0) {
+          launch_plan<T, ClassIndex, true>(p, plan, launch);
+        } else {
+          launch_plan<T, ClassIndex, false>(p, plan, launch);
+        }
+      } else if (p.target_type == p.logits_type) {
+        launch_plan<T, T, true>(p, plan, launch);
+      } else {  // the checks let float32 probabilities through with half precision logits
+        launch_plan<T, Acc<T>, true>(p, plan, launch);
+      }
+    });
+  }
+  if (p.loss != nullptr || plan.blocks == 0) {
+    const auto kernel = is_double ? &cross_entropy_finish<double> : &cross_entropy_finish<float>;
+    launch(kernel, int64_t{1}, kMaxThreads, kMaxWarps * 8, 1, p);
+  }
+}
+
+}  // namespace fastopt::gpu

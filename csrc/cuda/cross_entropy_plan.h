@@ -1,0 +1,193 @@
+// Which kernel a cross-entropy call takes and how it is launched: a pure function of shapes, types
+// and the device, so that tests walk through all of it without a GPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "rules/types.h"
+
+namespace fastopt::gpu {
+
+// What the plan needs to know of a device (cudaDeviceProp has it all).
+struct DeviceLimits {
+  int64_t sm_count;
+  int64_t shared_per_block;  // bytes, with opt-in
+  int64_t shared_per_sm;     // bytes
+  bool clusters;             // sm_90 on
+};
+
+struct CrossEntropyShape {
+  int64_t rows, classes;
+  int64_t logit_bytes;      // of one logit
+  int64_t target_bytes;     // of one probability; 0 with labels
+  bool contiguous_classes;  // in every tensor
+  bool reads_twice;         // gradient in forward: statistics first, then the logits again
+};
+
+enum class CrossEntropyKernel : int32_t { packed, rows, strided };
+
+struct CrossEntropyPlan {
+  CrossEntropyKernel kernel;
+  bool held;             // rows: the row waits in shared memory for its second use
+  int threads;           // of a block
+  int lanes;             // packed, rows: threads of a block that share a row;
+                         // strided: rows side by side, the other threads divide the classes
+  int cluster;           // rows: blocks that share a row
+  int64_t slice;         // rows: classes of one block of the cluster
+  int64_t shared_bytes;  // of a block
+  int64_t blocks;        // a multiple of cluster
+};
+
+constexpr int kMaxThreads = 512;
+constexpr int kWarpSize = 32;
+constexpr int kMaxWarps = kMaxThreads / kWarpSize;
+// packed: logits of one lane, all in registers.
+constexpr int kPackedPerLane = 4;
+// packed, and rows shared by one warp: independent rows hide one another's latency, so a block is
+// only a parcel of them.
+constexpr int kParcelThreads = 256;
+// rows: 16-byte vectors of one lane. Four loads under way in each of 1024 threads are the 64 KB
+// that an SM has to ask for at once to keep its share of the memory busy.
+constexpr int64_t kVectorsPerLane = 4;
+// Blocks take several rows where there are more of them than this many waves fill: the last, partly
+// filled wave costs at most a sixteenth, and the sums of the blocks' losses stay few.
+constexpr int64_t kWaves = 16;
+// held: as much shared memory for each of two blocks, so that one computes or stores while the
+// other loads. The SM keeps 1 KB of every block for itself.
+constexpr int64_t kHeldBlocks = 2;
+constexpr int64_t kReservedShared = 1024;
+constexpr int kMaxCluster = 8;  // what every device with clusters can run
+// strided: threads of a block, and the fewest rows side by side that fill a memory transaction.
+constexpr int kStridedThreads = 256;
+constexpr int kMinStridedLanes = 32;
+// Sums over labels and over weights: at most this many partial sums, which every block adds up.
+constexpr int kMaxParts = 128;
+constexpr int kSumThreads = 256;
+constexpr int64_t kSumItems = 4;  // of one thread, before another block takes part
+
+// What the kernels keep in shared memory before what they hold (BlockShared in cross_entropy.h):
+// four numbers for each warp, twice, a float64 for each warp, and four more.
+FASTOPT_RULE constexpr int64_t block_shared_bytes(int64_t accumulate_bytes) {
+  return 2 * kMaxWarps * 4 * accumulate_bytes + kMaxWarps * 8 + 32;
+}
+
+FASTOPT_RULE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t next_power_of_two(int64_t n) {
+  int64_t power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+inline int sum_blocks(int64_t items) {
+  return static_cast<int>(
+      std::clamp<int64_t>(ceil_div(items, kSumThreads * kSumItems), 1, kMaxParts));
+}
+
+// Scaling a gradient in place: 8 blocks fill an SM's 2048 threads.
+inline int64_t scale_blocks(int64_t count, const DeviceLimits& device) {
+  constexpr int64_t kLogitsPerThread = 32;
+  return std::min(ceil_div(count, kParcelThreads * kLogitsPerThread), device.sm_count * 8);
+}
+
+// Shared memory for `classes` of a tensor: its vectors, and the shift to where they are aligned.
+FASTOPT_RULE constexpr int64_t held_bytes(int64_t classes, int64_t element_bytes) {
+  return element_bytes == 0 ? 0 : ceil_div(classes * element_bytes, 16) * 16 + 16;
+}
+
+inline CrossEntropyPlan plan_packed(const CrossEntropyShape& shape, const DeviceLimits& device,
+                                    int64_t fixed_bytes) {
+  CrossEntropyPlan plan{};
+  plan.kernel = CrossEntropyKernel::packed;
+  plan.threads = kParcelThreads;
+  plan.lanes = static_cast<int>(
+      std::min<int64_t>(next_power_of_two(ceil_div(shape.classes, kPackedPerLane)), kWarpSize));
+  plan.cluster = 1;
+  plan.shared_bytes = fixed_bytes;
+  const int64_t tiles = ceil_div(shape.rows, kParcelThreads / plan.lanes);
+  plan.blocks = std::min(tiles, device.sm_count * 8 * kWaves);  // 8: 2048 threads of an SM
+  return plan;
+}
+
+inline CrossEntropyPlan plan_strided(const CrossEntropyShape& shape, const DeviceLimits& device,
+                                     int64_t fixed_bytes, int64_t accumulate_bytes) {
+  CrossEntropyPlan plan{};
+  plan.kernel = CrossEntropyKernel::strided;
+  plan.threads = kStridedThreads;
+  // As wide as fills the device; few rows leave threads over to divide the classes.
+  plan.lanes = kStridedThreads;
+  while (plan.lanes > kMinStridedLanes && ceil_div(shape.rows, plan.lanes) < 4 * device.sm_count &&
+         shape.classes >= 4 * (kStridedThreads / plan.lanes)) {
+    plan.lanes /= 2;
+  }
+  plan.cluster = 1;
+  plan.shared_bytes = fixed_bytes + kStridedThreads * 4 * accumulate_bytes;
+  plan.blocks = std::min(ceil_div(shape.rows, plan.lanes), device.sm_count * 8 * kWaves);
+  return plan;
+}
+
+inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLimits& device,
+                                  int64_t fixed_bytes) {
+  CrossEntropyPlan plan{};
+  plan.kernel = CrossEntropyKernel::rows;
+  const int64_t per_vector = 16 / shape.logit_bytes;
+  const auto slice_of = [&](int64_t cluster) {
+    // Whole vectors, so that the blocks of a cluster see the same alignment.
+    return ceil_div(ceil_div(shape.classes, cluster), 16) * 16;
+  };
+  const auto lanes_of = [&](int64_t cluster) {
+    const int64_t load = ceil_div(slice_of(cluster), per_vector * kVectorsPerLane);
+    const int64_t fewest = cluster > 1 ? 2 * kWarpSize : kWarpSize;  // a cluster is no parcel
+    return static_cast<int>(std::clamp<int64_t>(next_power_of_two(load), fewest, kMaxThreads));
+  };
+  const auto groups_of = [&](int64_t cluster) {
+    return lanes_of(cluster) == kWarpSize ? kParcelThreads / kWarpSize : 1;
+  };
+  const auto bytes_of = [&](int64_t cluster) {
+    return fixed_bytes + groups_of(cluster) * (held_bytes(slice_of(cluster), shape.logit_bytes) +
+                                               held_bytes(slice_of(cluster), shape.target_bytes));
+  };
+  const int64_t largest = device.clusters ? kMaxCluster : 1;
+  const int64_t comfortable = device.shared_per_sm / kHeldBlocks - kReservedShared;
+
+  plan.cluster = 1;
+  if (shape.reads_twice) {
+    while (bytes_of(plan.cluster) > std::min(comfortable, device.shared_per_block) &&
+           plan.cluster < largest) {
+      plan.cluster *= 2;
+    }
+    // Past the largest cluster one block fills the SM, before the row is read from memory twice.
+    plan.held = bytes_of(plan.cluster) <= device.shared_per_block;
+    if (!plan.held) plan.cluster = 1;
+  }
+  // Fewer rows than half the SMs: several blocks share a row, as long as each has a full load.
+  while (!plan.held && plan.cluster < largest && 2 * shape.rows * plan.cluster <= device.sm_count &&
+         slice_of(2 * plan.cluster) >= kMaxThreads * per_vector * kVectorsPerLane) {
+    plan.cluster *= 2;
+  }
+  plan.slice = slice_of(plan.cluster);
+  plan.lanes = lanes_of(plan.cluster);
+  const int groups = groups_of(plan.cluster);
+  plan.threads = plan.lanes * groups;
+  plan.shared_bytes = plan.held ? bytes_of(plan.cluster) : fixed_bytes;
+  const int64_t per_sm = std::max<int64_t>(
+      1, std::min<int64_t>(2048 / plan.threads,
+                           device.shared_per_sm / (plan.shared_bytes + kReservedShared)));
+  const int64_t clusters = std::min(ceil_div(shape.rows, groups),
+                                    ceil_div(device.sm_count * per_sm * kWaves, plan.cluster));
+  plan.blocks = clusters * plan.cluster;
+  return plan;
+}
+
+inline CrossEntropyPlan plan_cross_entropy(const CrossEntropyShape& shape,
+                                           const DeviceLimits& device) {
+  const int64_t accumulate_bytes = shape.logit_bytes == 8 ? 8 : 4;
+  const int64_t fixed_bytes = block_shared_bytes(accumulate_bytes);
+  if (!shape.contiguous_classes) return plan_strided(shape, device, fixed_bytes, accumulate_bytes);
+  // A row that a warp's registers hold in single elements needs no vectors.
+  if (shape.classes <= kPackedPerLane * kWarpSize) return plan_packed(shape, device, fixed_bytes);
+  return plan_rows(shape, device, fixed_bytes);
+}
+
+}  // namespace fastopt::gpu

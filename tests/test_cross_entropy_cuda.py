@@ -1,0 +1,736 @@
+"""The CUDA kernels of cross-entropy without a GPU: their own source runs on the CPU (g++ and
+tests/emulation/emulation.h) and is compared with float64; nvcc compiles it for three architectures
+and the result is looked at.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accuracy import assert_as_accurate, assert_same_bits
+from cross_entropy_cases import (
+    DTYPES,
+    EVERYTHING,
+    LAYOUTS_2D,
+    LAYOUTS_ND,
+    OPTIONS,
+    Options,
+    class_dim,
+    classes_last,
+    differentiate,
+    dtype_name,
+    exact,
+    make_logits,
+    make_probabilities,
+    make_target,
+    offset,
+    random_upstream,
+    row_strided,
+)
+from fastopt import reference
+
+ROOT = Path(__file__).parents[1]
+ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# -- the library ------------------------------------------------------------------------------------
+
+
+class EmulatedCall(ctypes.Structure):
+    """Mirrors the struct of the same name in tests/emulation/cross_entropy.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "classes", "positions")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("logits", "target", "grad")),
+        *((f"{name}_type", ctypes.c_int64) for name in ("logits", "target", "loss", "grad_loss")),
+        ("ignore_index", ctypes.c_int64),
+        ("smoothing", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("mean", "target_gradient", "recompute")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("sm_count", "shared_per_block", "shared_per_sm", "clusters", "descending")
+        ),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("logits", "probabilities", "weight", "row_upstream", "grad_loss", "kept_weight"),
+                *("labels", "row_loss", "row_max", "row_sum", "grad", "loss", "total_weight"),
+                "workspace",
+            )
+        ),
+    ]
+
+
+class EmulatedPlan(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("kernel", "held", "threads", "lanes", "cluster", "slice", "shared_bytes", "blocks"),
+            "workspace_doubles",
+        )
+    ]
+
+
+PACKED, ROWS, STRIDED = range(3)
+
+
+@pytest.fixture(scope="session")
+def emulation() -> ctypes.CDLL:
+    """The kernels compiled for the CPU; under FASTOPT_SANITIZE=1 with sanitizers."""
+    sanitize = os.environ.get("FASTOPT_SANITIZE") == "1"
+    source = ROOT / "tests/emulation/cross_entropy.cpp"
+    name = "cross_entropy_sanitize.so" if sanitize else "cross_entropy.so"
+    library = ROOT / "build/emulation" / name
+    sources = [source, *(ROOT / "tests/emulation").glob("*.h"), *(ROOT / "csrc").rglob("*.h")]
+    newest = max(path.stat().st_mtime for path in sources)
+    if not library.exists() or library.stat().st_mtime < newest:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+        flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else []
+        subprocess.run(
+            [
+                *("g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *flags),
+                *("-fPIC", "-shared", "-DFASTOPT_EMULATED", "-Icsrc", "-Itests/emulation"),
+                *(str(source), "-o", str(unfinished)),
+            ],
+            cwd=ROOT,
+            check=True,
+        )
+        os.replace(unfinished, library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.fastopt_failure.restype = ctypes.c_char_p
+    return loaded
+
+
+# -- devices ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan knows of a device. Some are invented: small rows then enter every branch."""
+
+    sm_count: int
+    shared_per_block: int
+    shared_per_sm: int
+    clusters: bool
+
+
+H200 = Device(132, 227 << 10, 228 << 10, True)
+A100 = Device(108, 163 << 10, 164 << 10, False)
+RTX_5090 = Device(170, 99 << 10, 100 << 10, True)
+DEVICES = {"H200": H200, "A100": A100, "RTX-5090": RTX_5090}
+
+
+def tiny(shared: int, clusters: bool = True) -> Device:
+    """A device with `shared` bytes for each of two blocks."""
+    return Device(4, shared, 2 * (shared + 1024), clusters)
+
+
+# -- calls ------------------------------------------------------------------------------------------
+
+
+class Guarded:
+    """A tensor between bytes that nobody may write."""
+
+    MARGIN, PATTERN = 64, 0xA5
+
+    def __init__(self, sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype):
+        last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        self.bytes = (last + 1 if math.prod(sizes) else 0) * dtype.itemsize
+        self.buffer = torch.full((self.bytes + 2 * self.MARGIN,), self.PATTERN, dtype=torch.uint8)
+        inside = self.buffer[self.MARGIN : self.MARGIN + self.bytes]
+        inside.fill_(0xFF)  # NaN: what is not written shows
+        self.tensor = inside.view(dtype).as_strided(sizes, strides)
+
+    def check(self) -> Tensor:
+        guards = [self.buffer[: self.MARGIN], self.buffer[self.MARGIN + self.bytes :]]
+        assert all((guard == self.PATTERN).all() for guard in guards), "a store out of bounds"
+        return self.tensor
+
+
+def contiguous_guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Guarded:
+    return Guarded(shape, torch.empty(shape, device="meta").stride(), dtype)
+
+
+def view_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """(batch, class, position), where the positions step through memory as one."""
+    if tensor.dim() == 1:
+        return 0, tensor.stride(0), 0
+    wide = [axis for axis in range(2, tensor.dim()) if tensor.shape[axis] != 1]
+    return tensor.stride(0), tensor.stride(1), tensor.stride(wide[-1]) if wide else 0
+
+
+@dataclass
+class Emulation:
+    """Calls the kernels as the launcher does, on an invented or a real device."""
+
+    library: ctypes.CDLL
+    device: Device
+    descending: bool = False
+    plans: list[EmulatedPlan] = field(default_factory=list)
+
+    def _call(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        **fields: object,
+    ) -> EmulatedCall:
+        dim = class_dim(logits)
+        call = EmulatedCall()
+        call.batch = 1 if logits.dim() == 1 else logits.shape[0]
+        call.classes = logits.shape[dim]
+        call.positions = math.prod(logits.shape[2:])
+        call.logits, call.logits_type = logits.data_ptr(), ELEMENTS[logits.dtype]
+        call.logits_strides[:] = view_strides(logits)
+        if target.is_floating_point():
+            call.probabilities, call.target_type = target.data_ptr(), ELEMENTS[target.dtype]
+            call.target_strides[:] = view_strides(target)
+        else:
+            assert target.is_contiguous()
+            call.labels = target.data_ptr()
+        call.weight = None if weight is None else weight.data_ptr()
+        call.ignore_index = ignore_index
+        call.smoothing = max(label_smoothing, 0.0) if label_smoothing == label_smoothing else 0.0
+        call.mean = reduction == "mean"
+        call.descending = self.descending
+        for name in ("sm_count", "shared_per_block", "shared_per_sm", "clusters"):
+            setattr(call, name, getattr(self.device, name))
+        for name, value in fields.items():
+            setattr(call, name, value)
+        return call
+
+    def _run(self, call: EmulatedCall) -> None:
+        plan = EmulatedPlan()
+        assert self.library.fastopt_plan(ctypes.byref(call), ctypes.byref(plan)) == 0
+        self.plans.append(plan)
+        workspace = contiguous_guarded((plan.workspace_doubles,), torch.float64)
+        call.workspace = workspace.tensor.data_ptr()
+        failed = self.library.fastopt_cross_entropy(ctypes.byref(call))
+        assert not failed, self.library.fastopt_failure().decode()
+        workspace.check()
+
+    def forward(
+        self, logits: Tensor, target: Tensor, loss_dtype: torch.dtype, **options: object
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = logits.shape[:0] if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
+        accumulate = accumulate_dtype(logits)
+        by_row = options.get("reduction") == "none"
+        loss = contiguous_guarded(rows if by_row else (), accumulate if by_row else loss_dtype)
+        kept = [contiguous_guarded(shape, accumulate) for shape in (rows, rows, ())]
+        call = self._call(logits, target, **options)
+        if by_row:
+            call.row_loss = loss.tensor.data_ptr()
+        else:
+            call.loss, call.loss_type = loss.tensor.data_ptr(), ELEMENTS[loss_dtype]
+        call.row_max, call.row_sum, call.total_weight = (k.tensor.data_ptr() for k in kept)
+        self._run(call)
+        return loss.check().to(loss_dtype), *(k.check() for k in kept)
+
+    def forward_backward(
+        self, logits: Tensor, target: Tensor, loss_dtype: torch.dtype, **options: object
+    ) -> tuple[Tensor, Tensor]:
+        loss, grad = contiguous_guarded((), loss_dtype), guarded_gradient(logits)
+        call = self._call(logits, target, **options)
+        call.loss, call.loss_type = loss.tensor.data_ptr(), ELEMENTS[loss_dtype]
+        call.grad = grad.tensor.data_ptr()
+        call.grad_strides[:] = view_strides(grad.tensor)
+        self._run(call)
+        return loss.check(), grad.check()
+
+    def backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        total_weight: Tensor,
+        target_gradient: bool = False,
+        **options: object,
+    ) -> Tensor:
+        grad = guarded_gradient(target if target_gradient else logits)
+        call = self._call(logits, target, target_gradient=target_gradient, **options)
+        call.recompute = True
+        call.row_max, call.row_sum = row_max.data_ptr(), row_sum.data_ptr()
+        call.kept_weight = total_weight.data_ptr()
+        if options.get("reduction") == "none":
+            grad_loss = grad_loss.to(row_max.dtype)
+            call.row_upstream = grad_loss.data_ptr()
+        else:
+            call.grad_loss, call.grad_loss_type = grad_loss.data_ptr(), ELEMENTS[grad_loss.dtype]
+        call.grad = grad.tensor.data_ptr()
+        call.grad_strides[:] = view_strides(grad.tensor)
+        self._run(call)
+        return grad.check()
+
+
+def accumulate_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def guarded_gradient(like: Tensor) -> Guarded:
+    layout = reference.empty_gradient(like)
+    return Guarded(tuple(layout.shape), layout.stride(), layout.dtype)
+
+
+# -- the check --------------------------------------------------------------------------------------
+
+
+def check(
+    library: ctypes.CDLL, device: Device, logits: Tensor, target: Tensor, **keywords: object
+) -> list[EmulatedPlan]:
+    """Every op and reduction against float64, in both orders of the threads.
+
+    Returns the plans of the forward pass with and the one without gradient, of the backward pass,
+    and so on.
+    """
+    weight = keywords.get("weight")
+    options = {
+        **keywords,
+        "weight": weight.to(accumulate_dtype(logits)) if isinstance(weight, Tensor) else None,
+    }
+    results, plans = [], []
+    for descending in (False, True):
+        emulation = Emulation(library, device, descending)
+        results.append(run_all(emulation, logits, target, options))
+        plans = emulation.plans
+    for name, ours in results[0].items():
+        assert_same_bits(ours, results[1][name], f"{name} in the other order of threads")
+    compare(results[0], logits, target, keywords)
+    return plans
+
+
+def run_all(
+    emulation: Emulation, logits: Tensor, target: Tensor, options: dict[str, object]
+) -> dict[str, Tensor]:
+    loss_dtype = torch.promote_types(logits.dtype, target.dtype)
+    results: dict[str, Tensor] = {}
+    for reduction in ("mean", "sum", "none"):
+        options = {**options, "reduction": reduction}
+        loss, *kept = emulation.forward(logits, target, loss_dtype, **options)
+        results[f"{reduction} loss"] = loss
+        if reduction != "none":
+            both = emulation.forward_backward(logits, target, loss_dtype, **options)
+            results[f"{reduction} loss with gradient"] = both[0]
+            results[f"{reduction} gradient of logits"] = both[1]
+        upstream = random_upstream(loss)
+        if reduction == "sum":
+            continue
+        backward = (upstream, logits, target, *kept)
+        name = f"{reduction} scaled gradient of"
+        results[f"{name} logits"] = emulation.backward(*backward, **options)
+        if target.is_floating_point():
+            results[f"{name} target"] = emulation.backward(
+                *backward, target_gradient=True, **options
+            )
+    return results
+
+
+def compare(
+    ours: dict[str, Tensor], logits: Tensor, target: Tensor, keywords: dict[str, object]
+) -> None:
+    wanted = ("logits", "target") if target.is_floating_point() else ("logits",)
+    for reduction in ("mean", "sum", "none"):
+        for scaled in (False, True):
+            arguments = {
+                **keywords,
+                "reduction": reduction,
+                "upstream": random_upstream if scaled else torch.ones_like,
+                "wanted": wanted,
+            }
+            stock = differentiate(F.cross_entropy, logits, target, **arguments)
+            oracle = exact(differentiate, logits, target, **arguments)
+            if not target.is_floating_point():
+                ignored = target == keywords.get("ignore_index", -100)
+                ignored = ignored.unsqueeze(class_dim(logits))
+                oracle.gradients["logits"].masked_fill_(ignored, 0.0)
+            expected = {
+                "loss": (stock.loss, oracle.loss),
+                "loss with gradient": (stock.loss, oracle.loss),
+            }
+            for name in wanted:
+                label = f"scaled gradient of {name}" if scaled else f"gradient of {name}"
+                expected[label] = (stock.gradients[name], oracle.gradients[name])
+            for label, (theirs, exactly) in expected.items():
+                what = f"{reduction} {label}"
+                if what in ours:
+                    assert_as_accurate(ours[what], theirs, exactly, what)
+
+
+def check_indices(
+    library: ctypes.CDLL, device: Device, logits: Tensor, options: Options
+) -> list[EmulatedPlan]:
+    target, keywords = options.apply(logits, make_target(logits))
+    return check(library, device, logits, target, **keywords)
+
+
+# -- every branch -----------------------------------------------------------------------------------
+# name: shape, device, and what the plan of the gradient in forward has to be, so that no branch is
+# left without its case when a constant changes.
+
+BRANCHES: dict[str, tuple[tuple[int, int], Device, dict[str, int]]] = {
+    "packed-1-lane": ((700, 3), H200, {"kernel": PACKED, "lanes": 1}),
+    "packed-2-lanes": ((131, 5), H200, {"kernel": PACKED, "lanes": 2}),
+    "packed-4-lanes": ((67, 10), H200, {"kernel": PACKED, "lanes": 4}),
+    "packed-8-lanes": ((33, 32), H200, {"kernel": PACKED, "lanes": 8}),
+    "packed-16-lanes": ((17, 33), H200, {"kernel": PACKED, "lanes": 16}),
+    "packed-32-lanes": ((9, 127), H200, {"kernel": PACKED, "lanes": 32}),
+    "warp-a-row": ((11, 131), H200, {"kernel": ROWS, "held": 1, "lanes": 32, "cluster": 1}),
+    "block-a-row": ((3, 3001), H200, {"kernel": ROWS, "held": 1, "cluster": 1}),
+    "cluster-of-2": ((3, 1501), tiny(4800), {"kernel": ROWS, "held": 1, "cluster": 2}),
+    "cluster-of-4": ((2, 1501), tiny(2500), {"kernel": ROWS, "held": 1, "cluster": 4}),
+    "cluster-of-8": ((2, 1501), tiny(1600), {"kernel": ROWS, "held": 1, "cluster": 8}),
+    "warps-read-twice": ((11, 131), tiny(900, False), {"kernel": ROWS, "held": 0, "lanes": 32}),
+    "block-reads-twice": ((3, 3001), tiny(900, False), {"kernel": ROWS, "held": 0, "cluster": 1}),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_every_branch(emulation: ctypes.CDLL, name: str) -> None:
+    shape, device, expected = BRANCHES[name]
+    logits = make_logits(shape)
+    plans = check_indices(emulation, device, logits, EVERYTHING)
+    gradient_in_forward = plans[1]
+    for key, value in expected.items():
+        assert getattr(gradient_in_forward, key) == value, (key, value)
+    check_indices(emulation, device, logits, OPTIONS["plain"])
+
+
+SPREAD = Device(64, 227 << 10, 228 << 10, True)
+
+
+def test_few_long_rows_are_spread_over_a_cluster(emulation: ctypes.CDLL) -> None:
+    """Loss alone: nothing is held, but one block a row would leave the device idle."""
+    logits = make_logits((1, 16385))
+    plans = check_indices(emulation, SPREAD, logits, EVERYTHING)
+    assert (plans[0].kernel, plans[0].held, plans[0].cluster) == (ROWS, 0, 2)
+
+
+# Rows side by side: as many as a block has threads, and fewer, with the classes divided. Tiles end
+# within a batch entry, at its end and behind it.
+STRIDED_SHAPES: dict[str, tuple[tuple[int, ...], Device, int]] = {
+    "wide": ((2, 21, 13, 23), tiny(900), 256),
+    "classes-in-2": ((1, 9, 190), tiny(900), 128),
+    "classes-in-4": ((2, 35, 7, 9), H200, 32),
+    "classes-in-8": ((2, 67, 37), H200, 32),
+    "one-position": ((40, 33, 1), H200, 32),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED_SHAPES)
+def test_strided_classes(emulation: ctypes.CDLL, name: str) -> None:
+    shape, device, lanes = STRIDED_SHAPES[name]
+    logits = make_logits(shape)
+    if name == "one-position":
+        logits = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    plans = check_indices(emulation, device, logits, EVERYTHING)
+    assert plans[1].kernel == STRIDED
+    check(emulation, device, logits, make_probabilities(logits), label_smoothing=0.1)
+
+
+# -- dtypes, targets, options -----------------------------------------------------------------------
+# One shape for each kernel; rows of an odd number of classes start at every alignment.
+
+KERNELS: dict[str, tuple[tuple[int, ...], Device]] = {
+    "packed": ((37, 10), H200),
+    "warp": ((11, 263), H200),
+    "block": ((3, 2345), H200),
+    "cluster": ((3, 709), tiny(2600)),
+    "loop": ((3, 709), tiny(900, False)),
+    "strided": ((2, 19, 3, 11), H200),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", KERNELS)
+def test_dtypes(emulation: ctypes.CDLL, name: str, dtype: torch.dtype) -> None:
+    shape, device = KERNELS[name]
+    logits = make_logits(shape, dtype)
+    check_indices(emulation, device, logits, EVERYTHING)
+    check_indices(emulation, device, logits, OPTIONS["plain"])
+    for target_dtype in {dtype, accumulate_dtype(logits)}:
+        probabilities = make_probabilities(logits, target_dtype)
+        check(emulation, device, logits, probabilities)
+        _, keywords = EVERYTHING.apply(logits, probabilities)
+        if target_dtype == dtype:  # stock wants one dtype
+            check(emulation, device, logits, probabilities, **keywords)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(emulation: ctypes.CDLL, option: str) -> None:
+    for shape, device in KERNELS.values():
+        check_indices(emulation, device, make_logits(shape), OPTIONS[option])
+
+
+# -- layouts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_2D, ids=lambda layout: layout.__name__)
+def test_layouts(emulation: ctypes.CDLL, layout: Callable[[Tensor], Tensor]) -> None:
+    """Logits, and probabilities of another layout beside them; their gradients are dense."""
+    for shape, device, dtype in [
+        ((19, 21), H200, torch.float32),
+        ((11, 263), H200, torch.bfloat16),
+        ((3, 709), tiny(3800), torch.bfloat16),
+        ((3, 709), tiny(900, False), torch.bfloat16),
+    ]:
+        dense = make_logits(shape, dtype)
+        logits = layout(dense)
+        check_indices(emulation, device, logits, EVERYTHING)
+        probabilities = make_probabilities(dense)
+        check(emulation, device, dense, layout(probabilities))
+        if logits.stride(1) == 1:
+            check(emulation, device, logits, offset(probabilities))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
+def test_layouts_with_positions(emulation: ctypes.CDLL, layout: Callable[[Tensor], Tensor]) -> None:
+    logits = layout(make_logits((2, 19, 3, 5)))
+    if not reference._positions_are_even(logits):
+        logits = logits.contiguous()  # as the launcher does
+    check_indices(emulation, H200, logits, EVERYTHING)
+    long = layout(make_logits((2, 137, 1, 5)))
+    check_indices(emulation, H200, long, OPTIONS["plain"])
+
+
+def test_no_batch(emulation: ctypes.CDLL) -> None:
+    for classes in (1, 7, 128, 1000):
+        logits = make_logits((classes,))
+        check_indices(emulation, H200, logits, OPTIONS["smoothing-weight"])
+        check(emulation, H200, logits, make_probabilities(logits))
+
+
+@pytest.mark.parametrize("classes", range(1, 41))
+def test_every_small_number_of_classes(emulation: ctypes.CDLL, classes: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = make_logits((9, classes), dtype)
+        check_indices(emulation, H200, logits, EVERYTHING)
+        strided = logits.t().contiguous().t()
+        check_indices(emulation, H200, strided, OPTIONS["plain"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_every_tail(emulation: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Every remainder of a vector, at the start and at the end of a row and of a slice."""
+    for classes in range(129, 146):
+        logits = make_logits((9, classes), dtype)
+        for device in (H200, tiny(900), tiny(900, False)):
+            check_indices(emulation, device, logits, OPTIONS["plain"])
+
+
+# -- hazards ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_hazards(emulation: ctypes.CDLL, name: str) -> None:
+    shape, device = KERNELS[name]
+    infinity = math.inf
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in ("offset", "masked", "row-of-minus-infinity", "infinity", "nan"):
+            logits = make_logits(shape, dtype)
+            row = logits.movedim(1, -1).reshape(-1, shape[1])  # a copy where positions follow
+            if case == "offset":
+                row += 1e7 if dtype == torch.float32 else 300
+            elif case == "masked":  # as attention masks do: all but a few classes
+                row[1, : shape[1] - 1] = -infinity
+                row[0, 1:] = -infinity
+            elif case == "row-of-minus-infinity":
+                row[1] = -infinity
+            elif case == "infinity":
+                row[1, shape[1] // 2] = infinity
+            else:
+                row[1, shape[1] - 2] = math.nan
+            logits = row.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+            target = make_target(logits)
+            target.view(-1)[:2] = torch.tensor([0, shape[1] - 1])
+            check(emulation, device, logits, target)
+            if case == "offset":
+                check(emulation, device, logits, make_probabilities(logits))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_ignored_rows_are_zero_where_logits_are_nan(emulation: ctypes.CDLL, name: str) -> None:
+    shape, device = KERNELS[name]
+    logits = make_logits(shape)
+    target = make_target(logits)
+    target.view(-1)[::2] = -100
+    poisoned = logits.masked_fill((target == -100).unsqueeze(1), math.nan)
+    for smoothing in (0.0, 0.1):
+        options = {"label_smoothing": smoothing, "weight": None}
+        expected = run_all(Emulation(emulation, device), logits, target, options)
+        ours = run_all(Emulation(emulation, device), poisoned, target, options)
+        for what, value in expected.items():
+            assert_same_bits(ours[what], value, what)
+
+
+@pytest.mark.parametrize("label", [-1, 2**31, 2**62, -(2**63), "classes"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_labels_out_of_range_are_nan(emulation: ctypes.CDLL, name: str, label: int | str) -> None:
+    """Loss and gradient of that row, and of no other."""
+    shape, device = KERNELS[name]
+    logits = make_logits(shape)
+    target = make_target(logits)
+    bad = target.clone()
+    bad.view(-1)[1] = shape[1] if label == "classes" else int(label)
+    weight = torch.rand(shape[1]) + 0.5
+    for options in (
+        {"weight": None},
+        {"weight": weight, "label_smoothing": 0.1},
+        {"weight": weight, "label_smoothing": 1.0},
+    ):
+        right = run_all(Emulation(emulation, device), logits, target, options)
+        ours = run_all(Emulation(emulation, device), logits, bad, options)
+        row_loss = ours["none loss"].view(-1)
+        assert row_loss[1].isnan() and not row_loss[2:].isnan().any()
+        assert_same_bits(row_loss[2:], right["none loss"].view(-1)[2:])
+        for what, value in ours.items():
+            if "gradient of" in what:
+                rows = value.movedim(1, -1).reshape(-1, shape[1])
+                assert rows[1].isnan().all(), what
+                assert rows[0].isfinite().all() and rows[2:].isfinite().all(), what
+            elif not what.startswith("none"):
+                assert value.isnan(), what
+
+
+def test_one_class_has_no_gradient(emulation: ctypes.CDLL) -> None:
+    """a p - q is 0 exactly, not a rounding error."""
+    logits = make_logits((50, 1))
+    for weight in (None, torch.tensor([0.3])):
+        options = {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}
+        _, grad = Emulation(emulation, H200).forward_backward(
+            logits, make_target(logits), torch.float32, **options
+        )
+        assert_same_bits(grad, torch.zeros_like(grad).copysign(grad))
+
+
+def test_nothing_to_do(emulation: ctypes.CDLL) -> None:
+    for shape in [(0, 10), (2, 10, 0)]:
+        logits = torch.empty(shape)
+        target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
+        for reduction, value in [("mean", math.nan), ("sum", 0.0)]:
+            options = {"reduction": reduction, "label_smoothing": 0.1}
+            device = Emulation(emulation, H200)
+            loss, _ = device.forward_backward(logits, target, torch.float32, **options)
+            torch.testing.assert_close(loss, torch.tensor(value), equal_nan=True)
+
+
+# -- the gradient times the upstream gradient -------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_scale(emulation: ctypes.CDLL, dtype: torch.dtype) -> None:
+    for count, start, blocks in [(1, 0, 1), (3, 1, 1), (9001, 0, 1), (9001, 3, 1), (40000, 1, 2)]:
+        for factor in (0.37, 1.0, -0.0, math.inf):
+            values = torch.randn(count + start).to(dtype)
+            guarded = contiguous_guarded((count + start,), dtype)
+            guarded.tensor.copy_(values)
+            upstream = torch.tensor(factor, dtype=dtype)
+            inside = guarded.tensor[start:]
+            assert not emulation.fastopt_scale(
+                *(ctypes.c_void_p(inside.data_ptr()), ctypes.c_int64(count)),
+                *(ctypes.c_int64(ELEMENTS[dtype]), ctypes.c_void_p(upstream.data_ptr())),
+                *(ctypes.c_int64(ELEMENTS[dtype]), ctypes.c_int64(blocks), ctypes.c_int64(0)),
+            )
+            assert_same_bits(guarded.check()[:start], values[:start])
+            expected = (values[start:] * upstream) if factor != 1.0 else values[start:]
+            torch.testing.assert_close(inside, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# -- the plan ---------------------------------------------------------------------------------------
+
+
+def class_counts() -> Iterator[int]:
+    yield from range(1, 2100)
+    yield from range(2100, 2**20, 997)
+    for power in range(11, 21):
+        yield from (2**power - 1, 2**power, 2**power + 1)
+    yield from (32000, 50257, 128256, 151936, 262144)
+
+
+def plan_of(library: ctypes.CDLL, device: Device, **fields: object) -> EmulatedPlan:
+    call, plan = EmulatedCall(), EmulatedPlan()
+    for name in ("sm_count", "shared_per_block", "shared_per_sm", "clusters"):
+        setattr(call, name, getattr(device, name))
+    for name, value in fields.items():
+        if isinstance(value, tuple):
+            getattr(call, name)[:] = value
+        else:
+            setattr(call, name, value)
+    assert library.fastopt_plan(ctypes.byref(call), ctypes.byref(plan)) == 0
+    return plan
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_plans_are_legal(emulation: ctypes.CDLL, device: str) -> None:
+    limits = DEVICES[device]
+    somewhere = 64  # not null is all that the plan asks
+    for classes in class_counts():
+        for dtype, rows in ((0, 1), (1, 4096), (2, 4096), (2, 10**6), (3, 77)):
+            for fields in (
+                {},  # loss
+                {"grad": somewhere},
+                {"grad": somewhere, "recompute": 1},
+                {"grad": somewhere, "probabilities": somewhere, "target_type": dtype},
+            ):
+                dense = (classes, 1, 1)
+                plan = plan_of(
+                    emulation,
+                    limits,
+                    batch=rows,
+                    classes=classes,
+                    positions=1,
+                    logits_type=dtype,
+                    logits_strides=dense,
+                    target_strides=dense,
+                    grad_strides=dense,
+                    **fields,
+                )
+                what = (classes, dtype, rows, fields)
+                assert plan.threads % 32 == 0 and 32 <= plan.threads <= 512, what
+                assert plan.shared_bytes <= limits.shared_per_block, what
+                assert plan.cluster in ((1, 2, 4, 8) if limits.clusters else (1,)), what
+                assert plan.blocks % plan.cluster == 0 and 0 < plan.blocks < 2**31, what
+                assert plan.threads % plan.lanes == 0, what
+                if plan.kernel == ROWS:
+                    assert plan.slice * plan.cluster >= classes, what
+                    assert plan.lanes == 32 or plan.lanes == plan.threads, what
+                    assert plan.cluster == 1 or plan.lanes > 32, what
+                else:
+                    assert plan.kernel == PACKED and plan.lanes * 4 >= classes, what
+                    assert plan.lanes <= 32, what
+
+
+@pytest.mark.parametrize(
+    ("classes", "cluster"),
+    [(4096, 1), (32000, 1), (50257, 1), (128256, 4), (151936, 4), (262144, 8)],
+)
+def test_bf16_vocabularies_stay_on_chip(emulation: ctypes.CDLL, classes: int, cluster: int) -> None:
+    """One read and one write per logit on an H200, with two blocks or more on every SM."""
+    dense = (classes, 1, 1)
+    plan = plan_of(
+        emulation,
+        H200,
+        batch=8192,
+        classes=classes,
+        positions=1,
+        logits_type=ELEMENTS[torch.bfloat16],
+        logits_strides=dense,
+        grad_strides=dense,
+        grad=64,
+    )
+    assert (plan.kernel, plan.held, plan.cluster) == (ROWS, 1, cluster)
+    assert 2 * (plan.shared_bytes + 1024) <= H200.shared_per_sm
