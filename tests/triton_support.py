@@ -93,15 +93,13 @@ class Compiled:
     target: GPUTarget
 
     def accesses(self, kind: str) -> set[int]:
-        """Bits of the global loads (`kind` "ld") or stores ("st") of single threads in the PTX."""
+        """Bits that single threads move by the PTX instructions whose name begins like `kind`."""
         found = set()
-        for line in self.kernel.asm["ptx"].splitlines():
-            match = re.search(rf"\b{kind}\.global(\S*)\s", line)
-            if match:
-                vector = re.search(r"\.v(\d)\b", match[1])
-                width = re.search(r"\.[bfsu](\d+)$", match[1])
-                assert width, line
-                found.add(int(width[1]) * int(vector[1] if vector else 1))
+        for name in re.findall(rf"\b({kind}\S*)\s", self.kernel.asm["ptx"]):
+            vector = re.search(r"\.v(\d)\b", name)
+            width = re.search(r"\.[bfsu](\d+)$", name)
+            assert width, name
+            found.add(int(width[1]) * int(vector[1] if vector else 1))
         return found
 
     def resources(self) -> dict[str, int]:
