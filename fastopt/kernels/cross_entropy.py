@@ -1,0 +1,996 @@
+"""Softmax cross-entropy in Triton: loss, gradients of logits and of probability targets.
+
+    loss = a log(sum_c exp(x_c - m)) - sum_c q_c (x_c - m)      d loss/d x_c = up (a p_c - q_c)
+
+with q the target mass, a = sum_c q_c, m = max_c x_c (csrc/rules/softmax.h has the variants).
+
+Memory sees one read and one write per logit. A block holds whole rows while they fit in registers;
+longer rows are swept twice, the second time backwards, while they are in L2 (one program a row,
+at most one an SM). Blocks are 2-D, rows and classes, with whichever steps through memory in
+smaller steps along the lanes: the same text serves (N, C), channels_last and (N, C, d1, ...).
+
+Arithmetic in float32 (float64 for float64), rounded once, at the store; row losses and total
+weight are added up in float64. No atomics: the same bits every run. No value is read on the host.
+Ignored rows are never read. A label out of range is no address: its row becomes NaN.
+
+Order: what blocks share | total weight | loss, with its gradient | loss of all rows | gradients
+from kept statistics | scaling | plan | launchers.
+"""
+
+# Kernels annotate their compile-time parameters only; Triton has no type stubs.
+# mypy: disallow-incomplete-defs=False, disable-error-code="import-untyped,import-not-found"
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastopt import reference
+
+# -- what blocks share ------------------------------------------------------------------------------
+# AXIS is the axis of the classes in a block; rows have the other one.
+
+
+@triton.jit
+def _known_multiple(n, UNIT: tl.constexpr):
+    """n, a multiple of UNIT, which the compiler has to see to use vectors under a mask."""
+    return n // UNIT * UNIT
+
+
+@triton.jit
+def _rows_of_program(
+    rows,
+    positions,
+    ROWS: tl.constexpr,
+    IN_ENTRY: tl.constexpr,
+    UNIT: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    """The rows of this program, where each lies (batch entry, position), and which exist.
+
+    IN_ENTRY: tiles stay inside a batch entry, so that their positions are one run of memory.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, ROWS)
+    if IN_ENTRY:
+        if AXIS == 0:
+            positions = _known_multiple(positions, UNIT)
+        tiles = tl.cdiv(positions, ROWS)
+        entry = tile // tiles
+        position = tile % tiles * ROWS + lane
+        row = entry * positions + position
+        inside = position < positions
+    else:
+        row = tile * ROWS + lane
+        entry = row // positions
+        position = row % positions
+        inside = row < rows
+    return row, entry, position, inside
+
+
+@triton.jit
+def _starts(entry, position, batch_stride, position_stride, UNIT: tl.constexpr, AXIS: tl.constexpr):
+    if AXIS == 1:
+        position_stride = _known_multiple(position_stride, UNIT)
+    return entry * _known_multiple(batch_stride, UNIT) + position * position_stride
+
+
+@triton.jit
+def _block_classes(first, BLOCK: tl.constexpr, AXIS: tl.constexpr):
+    return tl.expand_dims(first + tl.arange(0, BLOCK), 1 - AXIS)
+
+
+@triton.jit
+def _offsets(start, c, class_stride, UNIT: tl.constexpr, AXIS: tl.constexpr):
+    """start: of the rows. In 64 bits wherever classes are strided: C * stride may pass 2^31."""
+    if AXIS == 0:
+        c = c.to(tl.int64)
+        class_stride = _known_multiple(class_stride, UNIT)
+    return tl.expand_dims(start, AXIS) + c * class_stride
+
+
+@triton.jit
+def _load_labels(
+    target_ptr,
+    weight_ptr,
+    row,
+    inside,
+    classes,
+    ignore_index,
+    keep,
+    WEIGHT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(label or -1, row is not ignored, the true class's own mass (1 - e) w_y) of rows.
+
+    The mass of a label out of range is NaN, and so become its row's loss and gradient.
+    """
+    label = tl.load(target_ptr + row, mask=inside, other=0)
+    live = inside & (label != ignore_index)
+    valid = live & (label >= 0) & (label < classes)
+    label = tl.where(valid, label, -1)
+    true_mass = tl.full(label.shape, keep, ACC)
+    if WEIGHT:
+        true_mass *= tl.load(weight_ptr + tl.where(valid, label, 0), mask=valid, other=0.0)
+    return label, live, tl.where(valid, true_mass, float("nan"))
+
+
+@triton.jit
+def _load_mass(
+    target_ptr,
+    target_start,
+    target_class,
+    weight_ptr,
+    c,
+    mask,
+    classes,
+    keep,
+    uniform,
+    LABELS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ACC: tl.constexpr,
+    UNIT: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    """q_c of a block, without the true class's own mass where targets are labels."""
+    if LABELS and not SMOOTHING:
+        q = tl.zeros([1, 1], ACC)
+    else:
+        q = tl.full(mask.shape, uniform, ACC)
+        own = tl.full([1, 1], keep, ACC)
+        if WEIGHT:
+            w = tl.load(weight_ptr + c, mask=c < classes, other=0.0)
+            q *= w
+            own = own * w
+        if not LABELS:
+            at = _offsets(target_start, c, target_class, UNIT, AXIS)
+            q += own * tl.load(target_ptr + at, mask=mask, other=0.0).to(ACC)
+        q = tl.where(mask, q, 0.0)
+    return q
+
+
+@triton.jit
+def _load_logits(
+    logits_ptr,
+    start,
+    class_stride,
+    c,
+    mask,
+    EVICT: tl.constexpr,
+    ACC: tl.constexpr,
+    UNIT: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    at = _offsets(start, c, class_stride, UNIT, AXIS)
+    return tl.load(logits_ptr + at, mask=mask, other=-float("inf"), eviction_policy=EVICT).to(ACC)
+
+
+@triton.jit
+def _store_gradient(
+    grad_ptr, start, class_stride, c, g, mask, UNIT: tl.constexpr, AXIS: tl.constexpr
+):
+    """Streaming: gradients must not push logits out of L2 that are still to be read."""
+    at = _offsets(start, c, class_stride, UNIT, AXIS)
+    tl.store(grad_ptr + at, g.to(grad_ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
+def _add_block(
+    row_max,
+    row_sum,
+    dot,
+    mass,
+    x,
+    q,
+    mask,
+    MASS: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    """The statistics of rows with one more block; also exp(x - base), and the base."""
+    new_max = tl.maximum(row_max, tl.max(x, AXIS))
+    # exp(x - max) would be NaN in a part of a row that holds nothing but -inf.
+    old_base = tl.where(row_max == -float("inf"), 0.0, row_max)
+    base = tl.where(new_max == -float("inf"), 0.0, new_max)
+    d = x - tl.expand_dims(base, AXIS)
+    e = tl.exp(d)
+    row_sum = row_sum * tl.exp(row_max - base) + tl.sum(e, AXIS)
+    if MASS:
+        dot += mass * (old_base - base) + tl.sum(tl.where(mask, q * d, 0.0), AXIS)
+        mass += tl.sum(q, AXIS)
+    return new_max, row_sum, dot, mass, e
+
+
+@triton.jit
+def _gradient(
+    e, q, c, label, true_mass, factor, up, live, LABELS: tl.constexpr, AXIS: tl.constexpr
+):
+    """up (a p_c - q_c), subtracted before it is rounded to the logits' type."""
+    up = tl.expand_dims(up, AXIS)
+    if LABELS:
+        # An infinite factor makes the true class NaN, where torch has inf - inf.
+        own = tl.expand_dims(true_mass, AXIS) + (up - up)
+        q = tl.where(c == tl.expand_dims(label, AXIS), q + own, q)
+    g = up * (tl.expand_dims(factor, AXIS) * e - q)
+    return tl.where(tl.expand_dims(live, AXIS), g, 0.0)
+
+
+@triton.jit
+def _divisor(total_weight, uniform):
+    """What the mean divides by: weights that add up to 0 make label smoothing's part NaN."""
+    return tl.where((total_weight == 0) & (uniform > 0), float("nan"), total_weight)
+
+
+@triton.jit
+def _total_weight(parts_ptr, parts, rows, LABELS: tl.constexpr, PARTS: tl.constexpr):
+    if LABELS:
+        i = tl.arange(0, PARTS)
+        total = tl.sum(tl.load(parts_ptr + i, mask=i < parts, other=0.0), 0)
+    else:
+        total = rows.to(tl.float64)
+    return total
+
+
+# -- total weight -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_part", "classes", "ignore_index"])
+def _total_weight_kernel(
+    target_ptr,  # (rows) int64
+    weight_ptr,  # (classes) or None
+    parts_ptr,  # (programs) float64
+    rows,
+    rows_per_part,
+    classes,
+    ignore_index: tl.int64,
+    WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One part of the sum of the labels' weights (of 1 each without weights) per program."""
+    part = tl.program_id(0).to(tl.int64)
+    begin = part * rows_per_part
+    end = tl.minimum(begin + rows_per_part, rows)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(begin, end, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        label = tl.load(target_ptr + row, mask=row < end, other=-1)
+        valid = (row < end) & (label != ignore_index) & (label >= 0) & (label < classes)
+        if WEIGHT:
+            at = tl.where(valid, label, 0)
+            total += tl.load(weight_ptr + at, mask=valid, other=0.0).to(tl.float64)
+        else:
+            total += valid.to(tl.float64)
+    tl.store(parts_ptr + part, tl.sum(total, 0))
+
+
+# -- loss, with its gradient ------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "ignore_index"])
+def _forward_kernel(
+    logits_ptr,
+    target_ptr,  # int64 (rows), or probabilities
+    weight_ptr,  # (classes) or None
+    parts_ptr,  # (parts) float64, of the total weight; or None
+    loss_ptr,  # reduction none: (rows); else (programs) float64
+    row_max_ptr,  # (rows), or None with GRADIENT
+    row_sum_ptr,
+    total_weight_ptr,  # 0-dim; written here for reduction none
+    grad_ptr,
+    rows,
+    classes,
+    positions,
+    parts,
+    logits_batch,
+    logits_class,
+    logits_position,
+    target_batch,
+    target_class,
+    target_position,
+    grad_batch,
+    grad_class,
+    grad_position,
+    ignore_index: tl.int64,
+    keep: tl.float64,  # 1 - e
+    uniform: tl.float64,  # e / C
+    LABELS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ACC: tl.constexpr,
+    UNIT: tl.constexpr,
+    AXIS: tl.constexpr,
+    IN_ENTRY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    MASS: tl.constexpr = SMOOTHING or not LABELS
+    if AXIS == 1:
+        classes = _known_multiple(classes, UNIT)
+    row, entry, position, inside = _rows_of_program(rows, positions, ROWS, IN_ENTRY, UNIT, AXIS)
+    logits_start = _starts(entry, position, logits_batch, logits_position, UNIT, AXIS)
+    target_start = _starts(entry, position, target_batch, target_position, UNIT, AXIS)
+    live = inside
+    label = tl.zeros([ROWS], tl.int64)
+    true_mass = tl.zeros([ROWS], ACC)
+    if LABELS:
+        label, live, true_mass = _load_labels(
+            target_ptr, weight_ptr, row, inside, classes, ignore_index, keep, WEIGHT, ACC
+        )
+        true_at = logits_start + tl.where(label >= 0, label, 0) * logits_class
+        true_logit = tl.load(logits_ptr + true_at, mask=label >= 0, other=0.0).to(ACC)
+
+    row_max = tl.full([ROWS], -float("inf"), ACC)
+    row_sum = tl.zeros([ROWS], ACC)
+    dot = tl.zeros([ROWS], ACC)
+    mass = tl.zeros([ROWS], ACC)
+    # Only where lanes run over classes: among positions, ignored ones would break up the vectors.
+    read = tl.expand_dims(live if AXIS == 1 else inside, AXIS)
+    if LOOP:
+        for first in range(0, classes, BLOCK):
+            c = _block_classes(first, BLOCK, AXIS)
+            mask = (c < classes) & read
+            # The second sweep wants these lines again.
+            x = _load_logits(
+                logits_ptr, logits_start, logits_class, c, mask, "evict_last", ACC, UNIT, AXIS
+            )
+            q = _load_mass(
+                target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
+                LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
+            )  # fmt: skip
+            row_max, row_sum, dot, mass, e = _add_block(
+                row_max, row_sum, dot, mass, x, q, mask, MASS, AXIS
+            )
+    else:
+        c = _block_classes(0, BLOCK, AXIS)
+        mask = (c < classes) & read
+        x = _load_logits(
+            logits_ptr, logits_start, logits_class, c, mask, "evict_first", ACC, UNIT, AXIS
+        )
+        q = _load_mass(
+            target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
+            LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
+        )  # fmt: skip
+        row_max, row_sum, dot, mass, e = _add_block(
+            row_max, row_sum, dot, mass, x, q, mask, MASS, AXIS
+        )
+
+    # A whole row of -inf has no softmax: NaN, as in torch.
+    row_sum = tl.where(row_max == -float("inf"), float("nan"), row_sum)
+    if LABELS:
+        dot += true_mass * (true_logit - row_max)
+        mass += true_mass
+    loss = tl.where(live, mass * tl.log(row_sum) - dot, 0.0)
+    if REDUCTION == 0:
+        tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=inside)
+        if tl.program_id(0) == 0:
+            tl.store(total_weight_ptr, rows.to(ACC))
+    else:
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(loss.to(tl.float64), 0))
+    if not GRADIENT:
+        tl.store(row_max_ptr + row, tl.where(live, row_max, 0.0), mask=inside)
+        tl.store(row_sum_ptr + row, tl.where(live, row_sum, 1.0), mask=inside)
+    else:
+        up = tl.full([ROWS], 1.0, tl.float64)
+        if REDUCTION == 1:
+            up /= _divisor(_total_weight(parts_ptr, parts, rows, LABELS, PARTS), uniform)
+        up = up.to(ACC)
+        factor = mass / row_sum
+        grad_start = _starts(entry, position, grad_batch, grad_position, UNIT, AXIS)
+        if LOOP:
+            blocks = tl.cdiv(classes, BLOCK)
+            for i in range(blocks):
+                # Backwards: what was read last is the surest to be in cache.
+                c = _block_classes((blocks - 1 - i) * BLOCK, BLOCK, AXIS)
+                mask = (c < classes) & read
+                x = _load_logits(
+                    logits_ptr, logits_start, logits_class, c, mask, "evict_first", ACC, UNIT, AXIS
+                )
+                q = _load_mass(
+                    target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
+                    LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
+                )  # fmt: skip
+                e = tl.exp(x - tl.expand_dims(row_max, AXIS))
+                g = _gradient(e, q, c, label, true_mass, factor, up, live, LABELS, AXIS)
+                mask = (c < classes) & tl.expand_dims(inside, AXIS)
+                _store_gradient(grad_ptr, grad_start, grad_class, c, g, mask, UNIT, AXIS)
+        else:
+            g = _gradient(e, q, c, label, true_mass, factor, up, live, LABELS, AXIS)
+            mask = (c < classes) & tl.expand_dims(inside, AXIS)
+            _store_gradient(grad_ptr, grad_start, grad_class, c, g, mask, UNIT, AXIS)
+
+
+# -- loss of all rows -------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count", "parts", "rows"])
+def _reduce_kernel(
+    loss_parts_ptr,  # (count) float64
+    parts_ptr,  # (parts) float64, or None
+    loss_ptr,  # 0-dim
+    total_weight_ptr,  # 0-dim
+    count,
+    parts,
+    rows,
+    uniform: tl.float64,
+    LABELS: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program: what the forward kernel's programs left, added up in a fixed order."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(loss_parts_ptr + i, mask=i < count, other=0.0)
+    loss = tl.sum(total, 0)
+    total_weight = rows.to(tl.float64)
+    if REDUCTION == 1:
+        total_weight = _total_weight(parts_ptr, parts, rows, LABELS, PARTS)
+        loss /= _divisor(total_weight, uniform)
+    if loss_ptr.dtype.element_ty != tl.float64:
+        loss = loss.to(tl.float32)  # no target converts float64 to bfloat16 itself
+    tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+    tl.store(total_weight_ptr, total_weight.to(total_weight_ptr.dtype.element_ty))
+
+
+# -- gradients from kept statistics -----------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def _backward_kernel(
+    grad_loss_ptr,  # reduction none: (rows); else 0-dim
+    logits_ptr,
+    target_ptr,
+    weight_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    total_weight_ptr,
+    grad_ptr,  # of the logits; of the probabilities with TARGET
+    rows,
+    classes,
+    positions,
+    logits_batch,
+    logits_class,
+    logits_position,
+    target_batch,
+    target_class,
+    target_position,
+    grad_batch,
+    grad_class,
+    grad_position,
+    ignore_index: tl.int64,
+    keep: tl.float64,
+    uniform: tl.float64,
+    LABELS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    TARGET: tl.constexpr,
+    ACC: tl.constexpr,
+    UNIT: tl.constexpr,
+    AXIS: tl.constexpr,
+    IN_ENTRY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    MASS: tl.constexpr = SMOOTHING or not LABELS
+    if AXIS == 1:
+        classes = _known_multiple(classes, UNIT)
+    row, entry, position, inside = _rows_of_program(rows, positions, ROWS, IN_ENTRY, UNIT, AXIS)
+    logits_start = _starts(entry, position, logits_batch, logits_position, UNIT, AXIS)
+    target_start = _starts(entry, position, target_batch, target_position, UNIT, AXIS)
+    grad_start = _starts(entry, position, grad_batch, grad_position, UNIT, AXIS)
+    live = inside
+    label = tl.zeros([ROWS], tl.int64)
+    true_mass = tl.zeros([ROWS], ACC)
+    if LABELS:
+        label, live, true_mass = _load_labels(
+            target_ptr, weight_ptr, row, inside, classes, ignore_index, keep, WEIGHT, ACC
+        )
+    # Only where lanes run over classes: among positions, ignored ones would break up the vectors.
+    read = tl.expand_dims(live if AXIS == 1 else inside, AXIS)
+    row_max = tl.load(row_max_ptr + row, mask=live, other=0.0)
+    row_sum = tl.load(row_sum_ptr + row, mask=live, other=1.0)
+    if REDUCTION == 0:
+        up = tl.load(grad_loss_ptr + row, mask=live, other=0.0).to(ACC)
+    else:
+        up = tl.full([ROWS], 1.0, tl.float64) * tl.load(grad_loss_ptr).to(tl.float64)
+        if REDUCTION == 1:
+            up /= _divisor(tl.load(total_weight_ptr).to(tl.float64), uniform)
+        up = up.to(ACC)
+
+    mass = true_mass
+    if MASS and not TARGET:
+        for first in range(0, classes, BLOCK):
+            c = _block_classes(first, BLOCK, AXIS)
+            mask = (c < classes) & read
+            q = _load_mass(
+                target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
+                LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
+            )  # fmt: skip
+            mass += tl.sum(q, AXIS)
+    factor = mass / row_sum
+    log_sum = tl.log(row_sum)
+    for first in range(0, classes, BLOCK):
+        c = _block_classes(first, BLOCK, AXIS)
+        mask = (c < classes) & read
+        x = _load_logits(
+            logits_ptr, logits_start, logits_class, c, mask, "evict_first", ACC, UNIT, AXIS
+        )
+        d = x - tl.expand_dims(row_max, AXIS)
+        if TARGET:
+            own = tl.expand_dims(up, AXIS) * tl.full([1, 1], keep, ACC)
+            if WEIGHT:
+                own = own * tl.load(weight_ptr + c, mask=c < classes, other=0.0)
+            g = own * (tl.expand_dims(log_sum, AXIS) - d)
+        else:
+            q = _load_mass(
+                target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
+                LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
+            )  # fmt: skip
+            g = _gradient(tl.exp(d), q, c, label, true_mass, factor, up, live, LABELS, AXIS)
+        mask = (c < classes) & tl.expand_dims(inside, AXIS)
+        _store_gradient(grad_ptr, grad_start, grad_class, c, g, mask, UNIT, AXIS)
+
+
+# -- scaling ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scale_kernel(
+    grad_ptr,  # (count)
+    grad_loss_ptr,  # 0-dim
+    count,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A fixed number of programs, so that a factor of 1 costs an empty launch, whatever the size."""
+    factor = tl.load(grad_loss_ptr).to(ACC)
+    if factor != 1.0:
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for first in range(begin, count, step):
+            at = first + tl.arange(0, BLOCK)
+            g = tl.load(grad_ptr + at, mask=at < count, other=0.0).to(ACC)
+            tl.store(grad_ptr + at, (factor * g).to(grad_ptr.dtype.element_ty), mask=at < count)
+
+
+# -- plan -------------------------------------------------------------------------------------------
+
+
+class _Strides(NamedTuple):
+    batch: int
+    cls: int
+    position: int
+
+
+class Config(NamedTuple):
+    rows: int  # of a block
+    block: int  # classes of a block
+    warps: int
+    loop: bool  # several blocks a row
+
+
+_MIN_BLOCK = 16  # classes: fewer are masked, so that few shapes are compiled
+_PARTS = 256  # of the total weight: all SMs count, and every program adds up 2 KB
+_LABELS_PER_PART = 1024
+_SCALE_PROGRAMS = 2048
+_SCALE_BLOCK = 4096
+
+
+def _config(classes: int, class_axis: int, itemsize: int, dense: bool, recompute: bool) -> Config:
+    """Block and warps of the forward (recompute: backward) kernel. No hardware has timed these.
+
+    Args:
+        classes: C.
+        class_axis: of a block: 1 where classes step through memory in smaller steps than rows.
+        itemsize: bytes of a logit.
+        dense: every class carries target mass, so a block holds q next to x.
+        recompute: no element outlives its block: small blocks, several programs an SM.
+    """
+    registers = (2 if itemsize == 8 else 1) * (2 if dense else 1)  # of one element
+    block = max(triton.next_power_of_2(classes), _MIN_BLOCK)
+    if class_axis == 0:
+        # 128 bytes of positions, a whole line, up to 256 classes; more are swept twice.
+        rows = 128 // itemsize
+        limit = 256 // registers
+        if block > limit:
+            return Config(rows, 64 // registers, 4, True)
+        rows = max(rows, min(2048 // block, 128))
+        return Config(rows, block, _warps(rows * block, 32 if block > 64 else 16), False)
+    # One program of 16 warps fills an SM: 128 registers a thread, 64 of them the row.
+    limit = 4096 if recompute else 32768 // registers
+    if block > limit:
+        # Forward: 32 warps of 64 registers, so that one row an SM is in flight: 132 rows of 128k
+        # bfloat16 are 34 MB, and the second sweep finds them in L2.
+        return Config(1, limit, 8, True) if recompute else Config(1, limit // 2, 32, True)
+    rows = max(1, (1024 if block < 128 else 2048) // block)  # short rows share a program
+    return Config(rows, block, _warps(rows * block, 16 if rows * block <= 8192 else 32), False)
+
+
+def _warps(elements: int, per_thread: int) -> int:
+    return min(max(elements // (32 * per_thread), 4), 16)
+
+
+def _unit(classes: int, positions: int, strides: list[_Strides], class_axis: int) -> int:
+    """Elements that always stand or fall together, up to 16 bytes of half precision: the largest
+    power of two that divides every step across the lanes' axis and the end of that axis.
+    """
+    across = [s.position if class_axis == 1 else s.cls for s in strides]
+    batch = [s.batch for s in strides]
+    return math.gcd(8, classes if class_axis == 1 else positions, *across, *batch)
+
+
+# -- launchers --------------------------------------------------------------------------------------
+
+
+class _Call:
+    """The arguments that every op shares, checked, and what the kernels take of them."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: int,
+    ) -> None:
+        _check(logits.dtype in _DTYPES, "logits must be float32, float64, bfloat16 or float16")
+        _check(logits.dim() >= 1, "logits must have a class dimension")
+        _check(reduction in (0, 1, 2), "reduction must be 0, 1 or 2")
+        _check(not label_smoothing > 1.0, "label_smoothing must be at most 1")
+        self.shape = logits.shape
+        self.accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.row_shape = self.shape[:0] if logits.dim() == 1 else self.shape[:1] + self.shape[2:]
+        self.classes = self.shape[min(logits.dim() - 1, 1)]
+        self.positions = self.shape[2:].numel()
+        self.rows = self.row_shape.numel()
+        self.labels = target.dtype == torch.int64
+        if self.labels:
+            _check(target.shape == self.row_shape, "target must have the shape of the loss")
+        else:
+            _check(target.shape == self.shape, "probabilities must have the shape of logits")
+            _check(
+                target.dtype in (logits.dtype, self.accumulate),
+                "probabilities must have the type of logits, or float32 with half precision logits",
+            )
+        _check(target.device == logits.device, "target must be on the device of logits")
+        if weight is not None:
+            _check(weight.shape == (self.classes,), "weight must have shape (C)")
+            _check(
+                weight.dtype == self.accumulate,
+                "weight must be float32, or float64 where logits are",
+            )
+            _check(weight.device == logits.device, "weight must be on the device of logits")
+            weight = weight.contiguous()
+        self.logits, self.logits_strides = _viewed(logits)
+        self.target_strides = _Strides(0, 0, 0)
+        if self.labels:
+            self.target = target.contiguous()
+        else:
+            self.target, self.target_strides = _viewed(target)
+        self.weight = weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        smoothing = label_smoothing if label_smoothing > 0 else 0.0  # as torch: NaN is off
+        self.keep = 1.0 - smoothing
+        self.uniform = smoothing / max(self.classes, 1)
+
+    def rows_tensor(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.row_shape, dtype=dtype, device=self.logits.device)
+
+    def scalar(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty((), dtype=dtype, device=self.logits.device)
+
+    def plan(self, grad: Tensor | None, recompute: bool) -> tuple[Config, int, dict[str, object]]:
+        """The configuration, the number of programs, and the arguments that follow from both."""
+        strides = [self.logits_strides, self.target_strides]
+        strides.append(_Strides(0, 0, 0) if grad is None else _viewed(grad)[1])
+        positions = self.positions
+        if positions == 1 or all(s.batch == s.position * positions for s in strides):
+            # Rows evenly spaced in every tensor are the positions of one batch entry.
+            step = "batch" if positions == 1 else "position"
+            strides = [s._replace(batch=0, position=getattr(s, step)) for s in strides]
+            positions = self.rows
+        logits = strides[0]
+        class_axis = int(logits.cls <= max(logits.position, 1) or self.rows == 1)
+        smoothing = self.uniform > 0
+        config = _config(
+            self.classes,
+            class_axis,
+            self.logits.dtype.itemsize,
+            dense=smoothing or not self.labels,
+            recompute=recompute,
+        )
+        in_entry = positions >= config.rows or positions == self.rows
+        if in_entry:
+            programs = self.rows // positions * triton.cdiv(positions, config.rows)
+        else:
+            programs = triton.cdiv(self.rows, config.rows)
+        arguments: dict[str, object] = {
+            "rows": self.rows,
+            "classes": self.classes,
+            "positions": positions,
+            "ignore_index": self.ignore_index,
+            "keep": self.keep,
+            "uniform": self.uniform,
+            "LABELS": self.labels,
+            "WEIGHT": self.weight is not None,
+            "SMOOTHING": smoothing,
+            "REDUCTION": self.reduction,
+            "ACC": _TRITON[self.accumulate],
+            "UNIT": _unit(self.classes, positions, strides, class_axis),
+            "AXIS": class_axis,
+            "IN_ENTRY": in_entry,
+            "ROWS": config.rows,
+            "BLOCK": config.block,
+            "num_warps": config.warps,
+            "enable_fp_fusion": False,
+        }
+        for name, s in zip(("logits", "target", "grad"), strides, strict=True):
+            arguments |= {f"{name}_batch": s.batch, f"{name}_class": s.cls}
+            arguments[f"{name}_position"] = s.position
+        return config, programs, arguments
+
+    def total_weight_parts(self) -> Tensor | None:
+        """What the mean divides by, in parts; None where that is the number of rows."""
+        if not self.labels or self.reduction != 1:
+            return None
+        parts = min(triton.cdiv(self.rows, _LABELS_PER_PART), _PARTS)
+        result = torch.empty(parts, dtype=torch.float64, device=self.logits.device)
+        _total_weight_kernel[(parts,)](
+            self.target,
+            self.weight,
+            result,
+            self.rows,
+            triton.cdiv(self.rows, parts),
+            self.classes,
+            self.ignore_index,
+            WEIGHT=self.weight is not None,
+            BLOCK=_LABELS_PER_PART,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+        return result
+
+    def reduce(self, loss_parts: Tensor, parts: Tensor | None, loss: Tensor, total: Tensor) -> None:
+        _reduce_kernel[(1,)](
+            loss_parts,
+            parts,
+            loss,
+            total,
+            loss_parts.numel(),
+            0 if parts is None else parts.numel(),
+            self.rows,
+            self.uniform,
+            LABELS=self.labels,
+            REDUCTION=self.reduction,
+            BLOCK=2048,
+            PARTS=_PARTS,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _check(ok: bool, what: str) -> None:
+    """torch.ops is callable by anyone: what memory depends on is checked before a launch."""
+    if not ok:
+        raise RuntimeError(f"fastopt::cross_entropy: {what}")
+
+
+def _viewed(x: Tensor) -> tuple[Tensor, _Strides]:
+    """As (batch, class, position): a copy where d1, ... do not step through memory as one."""
+    if x.dim() == 1:
+        return x, _Strides(0, x.stride(0), 0)
+    if not reference._positions_are_even(x):
+        x = x.contiguous()
+    wide = [step for size, step in zip(x.shape[2:], x.stride()[2:], strict=True) if size != 1]
+    return x, _Strides(x.stride(0), x.stride(1), wide[-1] if wide else 0)
+
+
+def cross_entropy_forward(
+    logits: Tensor,  # (C), (N, C) or (N, C, d1, ...)
+    target: Tensor,  # int64 (N, d1, ...), or floating point like logits
+    weight: Tensor | None,  # (C)
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
+    if logits.numel() == 0:
+        return reference.cross_entropy_forward(
+            logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
+        )
+    row_max, row_sum = call.rows_tensor(call.accumulate), call.rows_tensor(call.accumulate)
+    loss, total_weight = _forward(call, loss_dtype, row_max, row_sum, None)
+    return loss, row_max, row_sum, total_weight
+
+
+def cross_entropy_forward_backward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
+    _check(reduction != 0, "the gradient in forward is for reductions mean and sum")
+    if logits.numel() == 0:
+        return reference.cross_entropy_forward_backward(
+            logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
+        )
+    grad_logits = reference.empty_gradient(logits)
+    loss, _ = _forward(call, loss_dtype, None, None, grad_logits)
+    return loss, grad_logits
+
+
+def _forward(
+    call: _Call,
+    loss_dtype: torch.dtype,
+    row_max: Tensor | None,
+    row_sum: Tensor | None,
+    grad_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the total weight."""
+    _check(loss_dtype in _DTYPES, "the loss must be float32, float64, bfloat16 or float16")
+    config, programs, arguments = call.plan(grad_logits, recompute=False)
+    with torch.cuda.device_of(call.logits):
+        parts = call.total_weight_parts()
+        total_weight = call.scalar(call.accumulate)
+        if call.reduction == 0:
+            loss = loss_parts = call.rows_tensor(loss_dtype)
+        else:
+            loss = call.scalar(loss_dtype)
+            loss_parts = torch.empty(programs, dtype=torch.float64, device=loss.device)
+        _forward_kernel[(programs,)](
+            call.logits,
+            call.target,
+            call.weight,
+            parts,
+            loss_parts,
+            row_max,
+            row_sum,
+            total_weight,
+            grad_logits,
+            parts=0 if parts is None else parts.numel(),
+            GRADIENT=grad_logits is not None,
+            LOOP=config.loop,
+            PARTS=_PARTS,
+            **arguments,
+        )
+        if call.reduction != 0:
+            call.reduce(loss_parts, parts, loss, total_weight)
+    return loss, total_weight
+
+
+def cross_entropy_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    row_max: Tensor,
+    row_sum: Tensor,
+    total_weight: Tensor,
+) -> Tensor:
+    call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
+    grad_logits = reference.empty_gradient(logits)
+    return _backward(call, grad_loss, row_max, row_sum, total_weight, grad_logits, of_target=False)
+
+
+def cross_entropy_backward_target(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    row_max: Tensor,
+    row_sum: Tensor,
+    total_weight: Tensor,
+) -> Tensor:
+    call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
+    _check(not call.labels, "only probabilities have a gradient")
+    grad_target = reference.empty_gradient(target)
+    return _backward(call, grad_loss, row_max, row_sum, total_weight, grad_target, of_target=True)
+
+
+def _backward(
+    call: _Call,
+    grad_loss: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    total_weight: Tensor,
+    grad: Tensor,
+    of_target: bool,
+) -> Tensor:
+    """Fills `grad` and returns it."""
+    for tensor in (grad_loss, row_max, row_sum, total_weight):
+        _check(tensor.device == call.logits.device, "every tensor must be on one device")
+    for tensor in (row_max, row_sum):
+        _check(
+            tensor.shape == call.row_shape and tensor.dtype == call.accumulate,
+            "row_max and row_sum must be those of the forward pass",
+        )
+    _check(
+        total_weight.numel() == 1 and total_weight.dtype == call.accumulate,
+        "total_weight must be that of the forward pass",
+    )
+    _check(
+        grad_loss.dtype in _DTYPES
+        and (grad_loss.shape == call.row_shape if call.reduction == 0 else grad_loss.numel() == 1),
+        "grad_loss must have the shape of the loss",
+    )
+    if grad.numel() == 0:
+        return grad
+    _, programs, arguments = call.plan(grad, recompute=True)
+    with torch.cuda.device_of(call.logits):
+        _backward_kernel[(programs,)](
+            grad_loss.contiguous(),
+            call.logits,
+            call.target,
+            call.weight,
+            row_max.contiguous(),
+            row_sum.contiguous(),
+            total_weight,
+            grad,
+            TARGET=of_target,
+            **arguments,
+        )
+    return grad
+
+
+def cross_entropy_scale_(
+    grad_logits: Tensor,  # dense, in any order of its dimensions
+    grad_loss: Tensor,  # 0-dim, on the device of grad_logits
+) -> None:
+    """Multiplies in place; a factor of 1 touches no memory."""
+    _check(
+        grad_logits.dtype in _DTYPES and grad_loss.dtype in _DTYPES,
+        "gradients must be float32, float64, bfloat16 or float16",
+    )
+    _check(grad_loss.numel() == 1, "grad_loss must have the shape of the loss")
+    _check(grad_loss.device == grad_logits.device, "every tensor must be on one device")
+    count = grad_logits.numel()
+    if count == 0:
+        return
+    _check(_is_dense(grad_logits), "grad_logits must be dense")
+    with torch.cuda.device_of(grad_logits):
+        _scale_kernel[(min(triton.cdiv(count, _SCALE_BLOCK), _SCALE_PROGRAMS),)](
+            grad_logits,
+            grad_loss,
+            count,
+            ACC=tl.float64 if grad_logits.dtype == torch.float64 else tl.float32,
+            BLOCK=_SCALE_BLOCK,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether x covers one run of memory, each element once."""
+    step = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != step:
+                return False
+            step *= size
+    return True

@@ -1,0 +1,728 @@
+"""The Triton kernels of cross_entropy without a GPU: in the interpreter, and compiled ahead of time.
+
+Triton decides when a kernel is defined whether it is interpreted, so the interpreter's tests run
+in a process of their own, this file again under TRITON_INTERPRET=1: TestInterpreted there, the
+other classes here.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cross_entropy_cases as cases
+import fastopt
+import fastopt.ops
+from accuracy import assert_as_accurate, assert_same_bits
+from cross_entropy_cases import (
+    DTYPES,
+    EVERYTHING,
+    LAYOUTS_2D,
+    LAYOUTS_ND,
+    OPTIONS,
+    REDUCTIONS,
+    check,
+    check_options,
+    dtype_name,
+    make_logits,
+    make_probabilities,
+    make_target,
+    make_weight,
+    random_upstream,
+)
+from fastopt import reference
+from fastopt.kernels import cross_entropy as kernels
+from triton_support import (
+    GFX942,
+    NVIDIA_TARGETS,
+    Launch,
+    recorded,
+    target_name,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NONE, MEAN, SUM = 0, 1, 2
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTOPT_ALWAYS": "1"}
+    # numpy warns of every infinity that a hazard's row computes with.
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "pytest", "-q", "-x"]
+    child = subprocess.run(
+        [*command, "-p", "no:cacheprovider", __file__],
+        check=False,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", child.stdout)
+    assert passed and int(passed[1]) > 50, child.stdout[-2000:]
+
+
+# -- in the interpreter -----------------------------------------------------------------------------
+# bfloat16 stores truncate there instead of rounding to nearest: half a unit in the last place
+# more, which the budget's "twice" has room for.
+
+# One for every branch: rows share a program, exactly a block, one class more, class counts that
+# vectors divide or not, sweeps over the row; positions in tiles of one batch entry or across
+# entries, with and without a remainder, classes in one block or in several.
+BRANCHES = {
+    "no-batch": (19,),
+    "one-class": (5, 1),
+    "rows-share-a-program": (130, 3),
+    "exactly-a-block": (3, 2048),
+    "a-block-and-one": (3, 2049),
+    "multiple-of-8-only": (5, 1000),
+    "odd-classes": (3, 1003),
+    "one-position": (3, 5, 1),
+    "entries-share-a-tile": (9, 5, 3),
+    "tile-inside-an-entry": (2, 21, 64),
+    "tiles-with-remainder": (2, 21, 131),
+    "strided-classes-in-blocks": (1, 301, 9),
+    "image": (2, 21, 13, 5),
+    "volume": (2, 5, 3, 4, 7),
+}
+LONG_ROWS = {"sweeps": (2, 33000), "odd-sweeps": (2, 50257), "whole-blocks": (1, 65536)}
+DENSE_SWEEPS = (1, 16389)
+
+
+# Each row is a hazard of its own.
+HAZARDS = {
+    "minus-inf-elsewhere": {1: float("-inf")},
+    "minus-inf-at-label": {0: float("-inf")},
+    "minus-inf-everywhere": dict.fromkeys(range(40), float("-inf")),
+    "inf-elsewhere": {2: float("inf")},
+    "inf-at-label": {0: float("inf")},
+    "inf-both-signs": {1: float("inf"), 2: float("-inf")},
+    "nan-elsewhere": {3: float("nan")},
+    "nan-last": {-1: float("nan")},
+    "huge-spread": {0: -6e4, 1: 6e4},
+}
+
+
+class TestInterpreted:
+    __test__ = INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def _triton_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Under the face as on a GPU, where they are registered for the dispatcher."""
+        for name in (
+            "cross_entropy_forward",
+            "cross_entropy_forward_backward",
+            "cross_entropy_backward",
+            "cross_entropy_backward_target",
+        ):
+            monkeypatch.setattr(fastopt.ops, name, getattr(kernels, name))
+
+    @each_dtype
+    @pytest.mark.parametrize("shape", BRANCHES.values(), ids=BRANCHES)
+    def test_branches(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        logits = make_logits(shape, dtype)
+        check_options(logits, OPTIONS["plain"])
+        check_options(logits, EVERYTHING, reduction="mean")
+        check_options(logits, EVERYTHING, reduction="none", upstream=random_upstream)
+        weight = make_weight(shape[cases.class_dim(logits)], dtype)
+        target = make_probabilities(logits)
+        check(logits, target, weight=weight, reduction="sum")
+        check(logits, target, weight=weight, wanted=("logits", "target"), label_smoothing=0.2)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+    @pytest.mark.parametrize("shape", LONG_ROWS.values(), ids=LONG_ROWS)
+    def test_long_rows(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        logits = make_logits(shape, dtype)
+        check_options(logits, OPTIONS["plain"])
+        check_options(logits, OPTIONS["smoothing-weight"])
+        check_options(logits, OPTIONS["plain"], reduction="none", upstream=random_upstream)
+
+    @each_dtype
+    def test_long_rows_of_probabilities(self, dtype: torch.dtype) -> None:
+        logits = make_logits(DENSE_SWEEPS, dtype)
+        weight = make_weight(logits.shape[1], dtype)
+        for wanted in [("logits",), ("logits", "target")]:
+            check(logits, make_probabilities(logits), weight=weight, wanted=wanted)
+
+    @each_reduction
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    def test_options(self, options: cases.Options, reduction: str) -> None:
+        for shape, dtype in [
+            ((77, 10), torch.float32),
+            ((2, 7, 9), torch.float64),
+            ((3, 33), torch.float16),
+            ((13,), torch.bfloat16),
+        ]:
+            upstream = torch.ones_like if reduction == "mean" else random_upstream
+            logits = make_logits(shape, dtype)
+            check_options(logits, options, reduction=reduction, upstream=upstream)
+
+    @pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
+    def test_layouts(self, layout: Callable[[Tensor], Tensor]) -> None:
+        """What lies between the values is NaN: a load that strays shows."""
+        shapes: list[tuple[int, ...]] = [(2, 21, 9), (2, 5, 3, 4)]
+        if layout in LAYOUTS_2D:
+            # (numpy adds up along axis 0 one by one, a GPU in a tree: no more classes than these.)
+            shapes += [(37, 19), (3, 65)]
+        for shape in shapes:
+            logits = layout(make_logits(shape))
+            check_options(logits, OPTIONS["plain"])
+            check_options(logits, EVERYTHING, reduction="none", upstream=random_upstream)
+            target = make_probabilities(logits)
+            if layout is not cases.expanded_classes:  # equal masses: only rounding would be left
+                target = layout(target)
+            check(logits, target, wanted=("logits", "target"))
+
+    def test_target_in_another_layout_than_the_logits(self) -> None:
+        for shape in [(6, 33), (2, 5, 7, 3)]:
+            for target_layout in (cases.transposed, cases.every_second_class):
+                logits = make_logits(shape)
+                target = target_layout(make_probabilities(logits))
+                check(logits, target, wanted=("logits", "target"), label_smoothing=0.1)
+        labels = make_target(make_logits((6, 33, 5)))
+        labels = labels.t().contiguous().t()
+        weight = make_weight(66, torch.float32)[::2]
+        check(make_logits((6, 33, 5)), labels, weight=weight)
+
+    @pytest.mark.parametrize("ignore_index", [-1, 0, 6, -(2**63), 2**63 - 1])
+    def test_ignore_index_may_be_any_integer(self, ignore_index: int) -> None:
+        options = cases.Options(ignored=0.3, ignore_index=ignore_index, label_smoothing=0.1)
+        for shape in [(77, 7), (5, 7, 3), (5, 7)]:
+            check_options(make_logits(shape), options)
+
+    def test_weights_that_sum_to_zero(self) -> None:
+        logits = make_logits((6, 4))
+        target = torch.zeros(6, dtype=torch.int64)
+        for weight in ([0.0, 1.0, 1.0, 1.0], [0.0] * 4):
+            for reduction in REDUCTIONS:
+                for smoothing in (0.0, 0.1):
+                    keywords = {"reduction": reduction, "label_smoothing": smoothing}
+                    check(logits, target, weight=torch.tensor(weight), **keywords)
+        balanced = torch.tensor([0, 0, 0, 1, 1, 1])
+        check(logits, balanced, weight=torch.tensor([1.0, -1.0, 0.0, 0.0]))
+
+    @each_dtype
+    def test_infinities_and_nan(self, dtype: torch.dtype) -> None:
+        rows = torch.randn(2 * len(HAZARDS), 40)  # every second one is harmless
+        for row, hazard in zip(rows[::2], HAZARDS.values(), strict=True):
+            for column, value in hazard.items():
+                row[column] = value
+        rows = rows.to(dtype)
+        labels = torch.zeros(len(rows), dtype=torch.int64)
+        weight = make_weight(40, dtype, "zeros").roll(1)
+        # Rows with contiguous classes, and the same rows as positions with strided classes.
+        for logits, target in [(rows, labels), (rows.t().contiguous()[None], labels[None])]:
+            probabilities = F.one_hot(target, 40).movedim(-1, 1).to(dtype)
+            for smoothing in (0.0, 0.1):
+                keywords = {"reduction": "none", "label_smoothing": smoothing}
+                check(logits, target, upstream=random_upstream, **keywords)
+                check(logits, target, weight=weight, **keywords)
+                check(logits, probabilities, weight=weight, **keywords)
+            check(logits[:, :, ::2] if logits.dim() == 3 else logits[::2], target[..., ::2])
+
+    def test_minus_infinity_fills_whole_blocks_of_a_long_row(self) -> None:
+        logits = make_logits((2, 50257))
+        logits[0, :20000] = -float("inf")
+        logits[1, 17000:] = -float("inf")
+        target = torch.tensor([30000, 5])
+        for smoothing in (0.0, 0.1):
+            check(logits, target, reduction="none", label_smoothing=smoothing)
+
+    @each_reduction
+    def test_ignored_rows_may_hold_anything(self, reduction: str) -> None:
+        """`check` asserts that their gradients are exactly zero."""
+        for classes in (7, 300):
+            rows = torch.randn(9, classes)
+            rows[::2] = float("nan")
+            rows[2, 0] = float("inf")
+            rows[4] = -float("inf")
+            target = torch.arange(9).remainder(classes)
+            target[::2] = -100
+            for logits, labels in [(rows, target), (rows.t().contiguous()[None], target[None])]:
+                for smoothing in (0.0, 0.1):
+                    check(logits, labels, reduction=reduction, label_smoothing=smoothing)
+
+    @pytest.mark.parametrize("common", [1e3, 1e7, -1e7])
+    def test_a_common_offset_changes_nothing(self, common: float) -> None:
+        # Whole numbers, so that adding 1e7 to them is exact in float32.
+        for shape in [(33, 10), (2, 21, 17), (1, 33000)]:
+            logits = make_logits(shape).round()
+            for options in (OPTIONS["plain"], OPTIONS["smoothing"]):
+                check_options(logits + common, options)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+    def test_confident_rows_keep_the_gradient_of_the_true_class(self, dtype: torch.dtype) -> None:
+        """p - 1 cancels: subtracted after rounding, most of its digits would be gone."""
+        for shape in [(16, 100), (2, 21, 16), (2, 33000)]:
+            logits = make_logits(shape) / 4
+            target = make_target(logits).unsqueeze(1)
+            logits = logits.scatter(1, target, logits.amax(1, keepdim=True) + 10).to(dtype)
+            for reduction in ("sum", "none"):
+                check(logits, target.squeeze(1), reduction=reduction)
+
+    def test_gradients_of_a_row_sum_to_zero(self) -> None:
+        for shape in [(33, 10), (3, 1003), (2, 21, 17), (1, 33000)]:
+            logits = make_logits(shape)
+            target = make_target(logits)
+            weight = make_weight(shape[1], torch.float32)
+            for keywords in ({}, {"weight": weight, "label_smoothing": 0.1}):
+                _, grad = kernels.cross_entropy_forward_backward(
+                    logits, target, keywords.get("weight"), -100,
+                    keywords.get("label_smoothing", 0.0), SUM, torch.float32,
+                )  # fmt: skip
+                sums = grad.double().sum(1)
+                # Of numbers around 1, whatever is left of them where p and q are close.
+                scale = grad.double().abs().sum(1).clamp(min=1.0)
+                eps = torch.finfo(torch.float32).eps
+                assert (sums.abs() <= 8 * eps * scale).all(), (shape, keywords)
+
+    @each_dtype
+    @pytest.mark.parametrize("wrong", [-1, 7, 2**40, -(2**63)])
+    def test_labels_out_of_range_make_their_row_nan(self, wrong: int, dtype: torch.dtype) -> None:
+        """Their row and no other; as an address, 2^40 would not survive even here."""
+        for shape in [(9, 7), (2, 7, 5)]:
+            for smoothing, weight in [(0.0, None), (0.1, make_weight(7, dtype))]:
+                if weight is not None and dtype != torch.float64:
+                    weight = weight.float()
+                logits = make_logits(shape, dtype)
+                target = make_target(logits)
+                right = target.clone()
+                target.view(-1)[3] = wrong
+                options = (weight, -100, smoothing)
+                forward = (*options, NONE, dtype)
+                loss, *kept = kernels.cross_entropy_forward(logits, target, *forward)
+                expected, *expected_kept = kernels.cross_entropy_forward(logits, right, *forward)
+                bad = (target != right).view_as(loss)
+                assert loss[bad].isnan().all()
+                assert_same_bits(loss[~bad], expected[~bad])
+                upstream = torch.ones_like(loss)
+                backward = (*options, NONE)
+                grad = kernels.cross_entropy_backward(upstream, logits, target, *backward, *kept)
+                expected = kernels.cross_entropy_backward(
+                    upstream, logits, right, *backward, *expected_kept
+                )
+                bad = bad.unsqueeze(1).expand_as(grad)
+                assert grad[bad].isnan().all()
+                assert_same_bits(grad[~bad], expected[~bad])
+                for reduction in (MEAN, SUM):
+                    loss, grad = kernels.cross_entropy_forward_backward(
+                        logits, target, *options, reduction, dtype
+                    )
+                    assert loss.isnan() and grad[bad].isnan().all()
+                    assert grad[~bad].isfinite().all()
+
+    @pytest.fixture
+    def guarded(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Outputs lie in wider buffers of NaN: (buffer, output) of every one."""
+        outputs: list[tuple[Tensor, Tensor]] = []
+
+        def inside(like: Tensor) -> Tensor:
+            buffer = torch.full((like.numel() + 64,), float("nan"), dtype=like.dtype)
+            output = buffer[32:-32].as_strided(like.shape, like.stride(), 32)
+            outputs.append((buffer, output))
+            return output
+
+        original = reference.empty_gradient
+        monkeypatch.setattr(reference, "empty_gradient", lambda like: inside(original(like)))
+        rows_tensor = kernels._Call.rows_tensor
+        monkeypatch.setattr(
+            kernels._Call, "rows_tensor", lambda call, dtype: inside(rows_tensor(call, dtype))
+        )
+        scalar = kernels._Call.scalar
+        monkeypatch.setattr(
+            kernels._Call, "scalar", lambda call, dtype: inside(scalar(call, dtype))
+        )
+        return outputs
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
+    def test_every_output_is_written_and_nothing_else(
+        self, guarded: list[tuple[Tensor, Tensor]], dtype: torch.dtype
+    ) -> None:
+        for shape in [(19,), (33, 3), (2, 1003), (9, 5, 3), (1, 21, 131), (1, 301, 9), (1, 33003)]:
+            logits = make_logits(shape, dtype)
+            target, _ = OPTIONS["ignored"].apply(logits, make_target(logits))
+            target.view(-1)[0] = 0
+            for labels in (target, make_probabilities(logits)):
+                arguments = (logits, labels, None, -100, 0.1)
+                for reduction in (NONE, MEAN):
+                    loss, *kept = kernels.cross_entropy_forward(*arguments, reduction, dtype)
+                    upstream = torch.ones_like(loss)
+                    kernels.cross_entropy_backward(upstream, *arguments, reduction, *kept)
+                    if labels is not target:
+                        kernels.cross_entropy_backward_target(
+                            upstream, *arguments, reduction, *kept
+                        )
+                kernels.cross_entropy_forward_backward(*arguments, SUM, dtype)
+            for buffer, output in guarded:
+                assert output.isfinite().all(), shape
+                assert int(buffer.isnan().sum()) == 64, shape
+            guarded.clear()
+
+    @each_dtype
+    def test_the_same_bits_every_time(self, dtype: torch.dtype) -> None:
+        logits = make_logits((130, 10), dtype)
+        arguments = (logits, make_target(logits), None, -100, 0.1, MEAN, dtype)
+        first = kernels.cross_entropy_forward_backward(*arguments)
+        second = kernels.cross_entropy_forward_backward(*arguments)
+        for ours, again in zip(first, second, strict=True):
+            assert_same_bits(ours, again)
+
+    def test_total_weight_in_several_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Parts of several blocks each, as millions of labels have."""
+        monkeypatch.setattr(kernels, "_PARTS", 4)
+        monkeypatch.setattr(kernels, "_LABELS_PER_PART", 16)
+        for rows in (1, 16, 17, 64, 65, 333):
+            logits = make_logits((rows, 3))
+            for name in ("plain", "ignored-weight", "smoothing-weight"):
+                check_options(logits, OPTIONS[name])
+
+    @each_dtype
+    @pytest.mark.parametrize("factor", [0.0, -1.5, 3.0, float("nan"), float("inf")])
+    def test_scaling(self, factor: float, dtype: torch.dtype) -> None:
+        for shape in [(5,), (130, 33), (2, 3, 5)]:
+            for layout in (cases.contiguous, cases.transposed, cases.offset):
+                if layout is cases.transposed and len(shape) == 1:
+                    continue
+                grad = layout(make_logits(shape, dtype)).clone(memory_format=torch.preserve_format)
+                before = grad.clone()
+                grad_loss = torch.tensor(factor, dtype=dtype)
+                kernels.cross_entropy_scale_(grad, grad_loss)
+                assert_as_accurate(grad, before * grad_loss, before.double() * factor)
+
+    def test_scaling_by_one_touches_no_memory(self) -> None:
+        pages = mmap.mmap(-1, 4 * 100_000, prot=mmap.PROT_READ)  # a store would end the process
+        with warnings.catch_warnings(action="ignore"):
+            grad = torch.frombuffer(pages, dtype=torch.float32)
+        kernels.cross_entropy_scale_(grad, torch.ones(()))
+        assert grad.count_nonzero() == 0
+
+    def test_scaling_in_several_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "_SCALE_BLOCK", 64)
+        monkeypatch.setattr(kernels, "_SCALE_PROGRAMS", 3)
+        grad = torch.randn(1000)
+        expected = grad * 2
+        kernels.cross_entropy_scale_(grad, torch.tensor(2.0))
+        assert_same_bits(grad, expected)
+
+
+# -- checks of the launchers ------------------------------------------------------------------------
+
+
+def arguments_of(logits: Tensor, target: Tensor, **changed: object) -> dict[str, object]:
+    shared: dict[str, object] = {
+        "logits": logits,
+        "target": target,
+        "weight": None,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "reduction": MEAN,
+    }
+    return {**shared, **changed}
+
+
+def kept_of(logits: Tensor) -> dict[str, Tensor]:
+    rows = reference_rows(logits)
+    accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    make = {"dtype": accumulate, "device": logits.device}
+    return {
+        "row_max": torch.zeros(rows, **make),
+        "row_sum": torch.ones(rows, **make),
+        "total_weight": torch.ones((), **make),
+    }
+
+
+def reference_rows(logits: Tensor) -> torch.Size:
+    return logits.shape[:0] if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
+
+
+LOGITS, TARGET = make_logits((4, 10)), torch.zeros(4, dtype=torch.int64)
+NONSENSE = {
+    "integer logits": {"logits": torch.zeros(4, 10, dtype=torch.int64)},
+    "no class dimension": {"logits": torch.zeros(()), "target": torch.tensor(0)},
+    "target of another shape": {"target": torch.zeros(5, dtype=torch.int64)},
+    "target of another type": {"target": torch.zeros(4, dtype=torch.int32)},
+    "target elsewhere": {"target": torch.zeros(4, dtype=torch.int64, device="meta")},
+    "probabilities of another shape": {"target": torch.zeros(4, 11)},
+    "probabilities of another type": {"target": torch.zeros(4, 10, dtype=torch.float64)},
+    "weight of another shape": {"weight": torch.ones(9)},
+    "weight of another type": {"weight": torch.ones(10, dtype=torch.float64)},
+    "weight elsewhere": {"weight": torch.ones(10, device="meta")},
+    "smoothing above 1": {"label_smoothing": 1.5},
+    "reduction 3": {"reduction": 3},
+}
+
+
+BACKWARD_NONSENSE = {
+    "row_max of another shape": {"row_max": torch.zeros(5)},
+    "row_max of another type": {"row_max": torch.zeros(4, dtype=torch.float64)},
+    "row_sum elsewhere": {"row_sum": torch.zeros(4, device="meta")},
+    "two total weights": {"total_weight": torch.ones(2)},
+    "grad_loss of another shape": {"grad_loss": torch.ones(4)},
+    "grad_loss of another type": {"grad_loss": torch.ones((), dtype=torch.int64)},
+    "grad_loss elsewhere": {"grad_loss": torch.ones((), device="meta")},
+    "grad_loss of the mean for none": {"reduction": NONE},
+}
+
+
+class TestLaunchers:
+    __test__ = not INTERPRETED
+
+    @pytest.mark.parametrize("changed", NONSENSE.values(), ids=NONSENSE)
+    def test_nonsense_is_refused_before_a_launch(self, changed: dict[str, object]) -> None:
+        arguments = arguments_of(LOGITS, TARGET) | changed
+        kept = {"grad_loss": torch.ones(()), **kept_of(LOGITS)}
+        with recorded(kernels) as launches:
+            for launcher, more in [
+                (kernels.cross_entropy_forward, {"loss_dtype": torch.float32}),
+                (kernels.cross_entropy_forward_backward, {"loss_dtype": torch.float32}),
+                (kernels.cross_entropy_backward, kept),
+                (kernels.cross_entropy_backward_target, kept),
+            ]:
+                with pytest.raises(RuntimeError, match="fastopt::cross_entropy: "):
+                    launcher(**arguments, **more)
+        assert not launches
+
+    @pytest.mark.parametrize("changed", BACKWARD_NONSENSE.values(), ids=BACKWARD_NONSENSE)
+    def test_nonsense_in_backward_is_refused(self, changed: dict[str, object]) -> None:
+        arguments = arguments_of(LOGITS, torch.ones(4, 10))
+        arguments |= {"grad_loss": torch.ones(()), **kept_of(LOGITS)} | changed
+        with recorded(kernels) as launches:
+            for launcher in (
+                kernels.cross_entropy_backward,
+                kernels.cross_entropy_backward_target,
+            ):
+                with pytest.raises(RuntimeError, match="fastopt::cross_entropy: "):
+                    launcher(**arguments)
+        assert not launches
+
+    def test_other_refusals(self) -> None:
+        arguments = arguments_of(LOGITS, TARGET)
+        with pytest.raises(RuntimeError, match="probabilities have a gradient"):
+            kernels.cross_entropy_backward_target(
+                **arguments, grad_loss=torch.ones(()), **kept_of(LOGITS)
+            )
+        with pytest.raises(RuntimeError, match="mean and sum"):
+            kernels.cross_entropy_forward_backward(
+                **{**arguments, "reduction": NONE}, loss_dtype=torch.float32
+            )
+        with pytest.raises(RuntimeError, match="the loss must be"):
+            kernels.cross_entropy_forward(**arguments, loss_dtype=torch.int64)
+        scalar = torch.ones(())
+        for grad, grad_loss in [
+            (torch.ones(4, 10)[:, ::2], scalar),
+            (torch.ones(1).expand(4), scalar),
+            (torch.ones(4, dtype=torch.int64), scalar),
+            (torch.ones(4), torch.ones(2)),
+            (torch.ones(4), scalar.to("meta")),
+        ]:
+            with pytest.raises(RuntimeError, match="fastopt::cross_entropy: "):
+                kernels.cross_entropy_scale_(grad, grad_loss)
+
+    @each_reduction
+    @pytest.mark.parametrize("shape", [(0, 5), (2, 5, 0), (0, 5, 2)], ids=dtype_name)
+    def test_empty_batches_launch_nothing(self, shape: tuple[int, ...], reduction: str) -> None:
+        number = {"none": NONE, "mean": MEAN, "sum": SUM}[reduction]
+        logits = make_logits(shape)
+        arguments = arguments_of(logits, make_target(logits), reduction=number)
+        with recorded(kernels) as launches:
+            loss, *_ = kernels.cross_entropy_forward(**arguments, loss_dtype=torch.float32)
+            upstream = torch.ones_like(loss)
+            grad = kernels.cross_entropy_backward(
+                **arguments, grad_loss=upstream, **kept_of(logits)
+            )
+            kernels.cross_entropy_scale_(grad, torch.tensor(2.0))
+        assert not launches
+        stock = F.cross_entropy(logits, make_target(logits), reduction=reduction)
+        assert torch.equal(loss.isnan(), stock.isnan()) and grad.shape == shape
+        assert torch.equal(loss.nan_to_num(), stock.nan_to_num())
+
+    @pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
+    def test_gradients_have_the_layout_of_the_fakes(
+        self, layout: Callable[[Tensor], Tensor]
+    ) -> None:
+        logits = layout(make_logits((2, 5, 3, 4)))
+        arguments = arguments_of(logits, torch.zeros(2, 3, 4, dtype=torch.int64))
+        with recorded(kernels):
+            _, grad = kernels.cross_entropy_forward_backward(**arguments, loss_dtype=torch.float32)
+        assert grad.stride() == reference.empty_gradient(logits).stride()
+
+
+# -- the plan ---------------------------------------------------------------------------------------
+
+# A class count counts only by the power of two above it: these are all the cases up to 2^20.
+CLASS_COUNTS = sorted({n for k in range(21) for n in (2**k, 2**k + 1, 2**k - 1) if 1 <= n <= 2**20})
+
+
+class TestPlan:
+    __test__ = not INTERPRETED
+
+    @pytest.mark.parametrize("itemsize", [2, 4, 8])
+    @pytest.mark.parametrize("class_axis", [0, 1])
+    def test_configurations_are_legal(self, class_axis: int, itemsize: int) -> None:
+        for dense in (False, True):
+            for recompute in (False, True):
+                for classes in CLASS_COUNTS:
+                    case = (classes, class_axis, itemsize, dense, recompute)
+                    config = kernels._config(*case)
+                    for size in (config.rows, config.block, config.warps):
+                        assert size & (size - 1) == 0 < size, case
+                    assert config.loop == (config.block < classes), case
+                    # 1024 threads a block, and 64 Ki registers an SM: what a thread holds of
+                    # its block is at most half of what is left for it.
+                    assert config.warps <= 32, case
+                    registers = (2 if itemsize == 8 else 1) * (2 if dense else 1)
+                    held = config.rows * config.block * registers // (32 * config.warps)
+                    available = min(255, 65536 // (32 * config.warps))
+                    assert held <= available // 2, case
+
+    def test_as_many_rows_as_classes_allow(self) -> None:
+        """Configurations, so compiled kernels, are few: no recompilation per class count."""
+        found = {
+            kernels._config(classes, axis, 2, False, False)
+            for classes in CLASS_COUNTS
+            for axis in (0, 1)
+        }
+        assert len(found) <= 24
+
+    def test_unit_divides_what_vectors_step_over(self) -> None:
+        strides = kernels._Strides
+        contiguous = [strides(0, 1, 1000), strides(0, 0, 0), strides(0, 1, 1000)]
+        assert kernels._unit(1000, 77, contiguous, 1) == 8
+        assert kernels._unit(50257, 77, [strides(0, 1, 50257)], 1) == 1
+        assert kernels._unit(1000, 77, [strides(0, 1, 1003)], 1) == 1
+        assert kernels._unit(1000, 77, [strides(0, 1, 1004)], 1) == 4
+        assert kernels._unit(21, 196, [strides(21 * 196, 196, 1)], 0) == 4
+        assert kernels._unit(21, 49, [strides(21 * 49, 49, 1)], 0) == 1
+
+
+# -- compiled ahead of time -------------------------------------------------------------------------
+
+
+def launches_of(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    op: str = "forward_backward",
+    reduction: int = MEAN,
+    probabilities: bool = False,
+    weighted: bool = False,
+    label_smoothing: float = 0.0,
+) -> dict[str, Launch]:
+    """What an op would launch for inputs that need no memory, by the name of the kernel."""
+    logits = torch.empty(shape, dtype=dtype, device="meta")
+    rows = reference_rows(logits)
+    target = logits if probabilities else torch.empty(rows, dtype=torch.int64, device="meta")
+    kept = kept_of(logits)
+    weight = torch.empty(shape[1], dtype=kept["row_max"].dtype, device="meta")
+    arguments = arguments_of(
+        logits,
+        target,
+        reduction=reduction,
+        weight=weight if weighted else None,
+        label_smoothing=label_smoothing,
+    )
+    if op.startswith("backward"):
+        loss_shape = rows if reduction == NONE else ()
+        arguments |= {"grad_loss": torch.empty(loss_shape, dtype=dtype, device="meta"), **kept}
+    else:
+        arguments["loss_dtype"] = dtype
+    with recorded(kernels) as launches:
+        getattr(kernels, f"cross_entropy_{op}")(**arguments)
+    return {launch.name: launch for launch in launches}
+
+
+HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+# What is compiled, and how many programs an SM is meant to hold at once.
+COMPILED: dict[str, tuple[dict[str, object], int]] = {
+    "rows-share-a-program": ({"shape": (4096, 16), "dtype": FLOAT}, 8),
+    "imagenet": ({"shape": (4096, 1000), "dtype": HALF}, 8),
+    "block": ({"shape": (8192, 4096), "dtype": HALF}, 4),
+    "largest-block": ({"shape": (8192, 32000), "dtype": HALF}, 1),
+    "largest-block-float32": ({"shape": (8192, 32000), "dtype": FLOAT}, 1),
+    "sweeps": ({"shape": (8192, 128256), "dtype": HALF}, 1),
+    "sweeps-float32": ({"shape": (8192, 151936), "dtype": FLOAT}, 1),
+    "sweeps-of-the-loss": ({"shape": (8192, 128256), "dtype": HALF, "op": "forward"}, 1),
+    "largest-block-float64": ({"shape": (64, 16384), "dtype": DOUBLE}, 1),
+    "recompute": ({"shape": (8192, 128256), "dtype": HALF, "op": "backward", "reduction": NONE}, 8),
+    "smoothing-weight": (
+        {"shape": (8192, 16384), "dtype": HALF, "weighted": True, "label_smoothing": 0.1},
+        1,
+    ),
+    "probabilities": ({"shape": (8192, 16384), "dtype": HALF, "probabilities": True}, 1),
+    "image": ({"shape": (8, 21, 512, 512), "dtype": HALF}, 4),
+    "image-float32": ({"shape": (8, 150, 512, 512), "dtype": FLOAT}, 2),
+    "image-in-blocks": ({"shape": (8, 1000, 64, 64), "dtype": HALF}, 4),
+}
+
+
+def main_launch(case: str) -> Launch:
+    arguments, _ = COMPILED[case]
+    launches = launches_of(**arguments)
+    return launches.get("_forward_kernel") or launches["_backward_kernel"]
+
+
+class TestCompiled:
+    __test__ = not INTERPRETED
+
+    @pytest.mark.parametrize("target", NVIDIA_TARGETS, ids=target_name)
+    @pytest.mark.parametrize("case", COMPILED)
+    def test_wide_accesses_no_spills_and_occupancy(self, case: str, target: object) -> None:
+        launch = main_launch(case)
+        compiled = launch.compile(target)
+        logits_loads = compiled.accesses(r"ld\.global\.L1::evict")
+        assert logits_loads == {128}, "logits are read with eviction hints, 16 bytes a thread"
+        if "op" not in COMPILED[case][0] or COMPILED[case][0]["op"] == "backward":
+            assert compiled.accesses(r"st\.global\.cs") == {128}
+        resources = compiled.resources()
+        assert resources["STACK"] == resources["LOCAL"] == 0, "spills"
+        programs = COMPILED[case][1]
+        assert resources["REG"] <= 65536 // (32 * launch.warps * programs), resources
+        assert launch.warps * programs <= 64
+
+    @pytest.mark.parametrize("case", COMPILED)
+    def test_amd(self, case: str) -> None:
+        assembly = main_launch(case).compile(GFX942).kernel.asm["amdgcn"]
+        assert "global_load_dwordx4" in assembly or "buffer_load_dwordx4" in assembly
+        spills = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly)
+        assert spills and set(spills) == {"0"}
+
+    @pytest.mark.parametrize("target", [*NVIDIA_TARGETS, GFX942], ids=target_name)
+    def test_small_kernels(self, target: object) -> None:
+        launches = launches_of((8192, 50257), FLOAT, weighted=True)
+        with recorded(kernels) as scale:
+            grad = torch.empty(8192, 50257, dtype=HALF, device="meta")
+            kernels.cross_entropy_scale_(grad, torch.empty((), device="meta"))
+        for launch in (
+            launches["_total_weight_kernel"],
+            launches["_reduce_kernel"],
+            launches["_forward_kernel"],
+            *scale,
+        ):
+            compiled = launch.compile(target)
+            if target is not GFX942:
+                resources = compiled.resources()
+                assert resources["STACK"] == resources["LOCAL"] == 0, launch.name
+
+    def test_what_a_step_launches(self) -> None:
+        """Label counts, rows, sum; fewer where there is nothing to count or to add up."""
+        counted = ["_total_weight_kernel", "_forward_kernel", "_reduce_kernel"]
+        shape = (64, 1000)
+        assert list(launches_of(shape, HALF)) == counted
+        assert list(launches_of(shape, HALF, reduction=SUM)) == counted[1:]
+        assert list(launches_of(shape, HALF, probabilities=True)) == counted[1:]
+        assert list(launches_of(shape, HALF, "forward", NONE)) == counted[1:2]
+        assert list(launches_of(shape, HALF, "backward", NONE)) == ["_backward_kernel"]
