@@ -80,6 +80,7 @@ def _load_cpu_library() -> tuple[Path | None, str | None]:
 
 
 CPU_LIBRARY, CPU_LIBRARY_ERROR = _load_cpu_library()
+CUDA_LIBRARY: Path | None = None
 
 
 def simd_level() -> str | None:
