@@ -246,8 +246,11 @@ def _inv_scale(grad_scale: Tensor | None) -> float | None:
     return None if grad_scale is None else grad_scale.double().reciprocal().float().item()
 
 
-def _without_buffer(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key != "momentum_buffer"}
+def _drop_buffer(state: dict[Any, dict[str, Any]], key: Any) -> None:
+    """Leave a momentum buffer out of a copy of the state."""
+    state[key] = {name: value for name, value in state[key].items() if name != "momentum_buffer"}
+    if not state[key]:
+        del state[key]
 
 
 class SGD(torch.optim.SGD):
@@ -345,7 +348,7 @@ class SGD(torch.optim.SGD):
         if unstarted:
             state = kept["state"] = kept["state"].copy()
             for param in unstarted:
-                state[param] = _without_buffer(state[param])
+                _drop_buffer(state, param)
         return kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -355,7 +358,7 @@ class SGD(torch.optim.SGD):
             params = chain.from_iterable(map(_get_params, self.param_groups))
             for i, param in enumerate(params):
                 if id(param) in unstarted and i in packed["state"]:
-                    packed["state"][i] = _without_buffer(packed["state"][i])
+                    _drop_buffer(packed["state"], i)
         return packed
 
     state_dict.__doc__ = torch.optim.SGD.state_dict.__doc__

@@ -222,9 +222,11 @@ def _sgd_kernel(
             first += 128
 
 
-# Elements per chunk, warps per program, programs per multiprocessor. Four 16-byte accesses a thread
-# for float32, two for half precision. Reckoned like csrc/cuda/sgd.h's, not measured.
-BLOCK, WARPS, PROGRAMS = 1024, 4, 4
+# Elements per step of a program, threads of a program, programs per multiprocessor: two 16-byte
+# accesses of each array a thread for float32, one for half precision. Reckoned like
+# csrc/cuda/sgd.h's (96 bytes of loads a thread, 48 KB a multiprocessor), not measured.
+BLOCK, THREADS, PROGRAMS = 1024, 128, 4
+WARPS = THREADS // (64 if torch.version.hip else 32)
 
 
 def _config(rows: "array[int]", processors: int) -> tuple[int, int]:
