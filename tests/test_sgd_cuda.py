@@ -125,7 +125,9 @@ def check_options(device: Device, dtype: torch.dtype, option: str) -> None:
                 p.grad = values(size, dtype, seed=1000 * (step + 1) + i + 1).to(kind)
                 optimizer = for_loop([p], **OPTIONS[option])
                 if before["momentum_buffer"] is not None:
-                    optimizer.state[p]["momentum_buffer"] = before["momentum_buffer"].to(kind)
+                    optimizer.state[p]["momentum_buffer"] = before["momentum_buffer"].to(
+                        kind, copy=True
+                    )
                 optimizer.step()
                 result.update(optimizer.state[p], param=p)
             assert {"param", *stock} == {name for name, t in after.items() if t is not None}

@@ -33,7 +33,7 @@ def run_all() -> None:
     """In a process with TRITON_INTERPRET=1: print what became of each case."""
     from fastopt.kernels import sgd
 
-    device = test_sgd_cuda.Device(partial(sgd.run, processors=1), rounds_bfloat16=False, rows=140)
+    device = test_sgd_cuda.Device(partial(sgd.run, processors=1), rounds_bfloat16=False, rows=80)
     print(
         json.dumps(
             {name: outcome(partial(case, device)) for name, case in CASES.items()}, default=str
