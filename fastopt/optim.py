@@ -7,11 +7,15 @@ What a step does, top to bottom:
     gather           csrc/cpu/sgd.cpp reads the tensors and gives each parameter a verdict
     SGD._torch_step  torch's own update, for the parameters that the kernels do not take
     run              csrc/cpu/sgd.cpp updates the others
+
+Parameters on a GPU go to gpu_step.py instead of gather and run.
 """
 
 import ctypes
+import functools
+import importlib.util
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -23,7 +27,8 @@ from torch.nn import Parameter
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
-from fastopt import ops
+from fastopt import gpu_step, ops
+from fastopt.gpu_step import DeviceStep, Launch
 
 # gather's verdicts on a parameter (the last two: on the whole step); it returns their union.
 _READY, _NO_GRADIENT, _NEEDS_BUFFER, _TORCH, _OVERLAPPING, _DONE = 1, 2, 4, 8, 16, 32
@@ -103,10 +108,26 @@ if _TENSOR_OFFSET is not None:
         _function.restype = ctypes.c_int64
 
 
+@functools.cache
+def _gpu_family() -> str | None:
+    """Which kernels serve GPUs: cuda, triton, or None where torch's own do."""
+    if ops.BACKEND in (None, "cuda") and ops.CUDA_LIBRARY is not None:
+        return "cuda"
+    if ops.BACKEND in (None, "triton") and importlib.util.find_spec("triton") is not None:
+        return "triton"
+    return None
+
+
+_LAUNCHERS: dict[Any, Callable[[Launch], None]] = {
+    "cuda": gpu_step.launch_cuda,
+    "triton": gpu_step.launch_triton,
+}
+
+
 def _kernels_apply() -> bool:
     """Whether an update that torch cannot see is the same as one that it can."""
     return (
-        _TENSOR_OFFSET is not None
+        (_TENSOR_OFFSET is not None or _gpu_family() is not None)
         and not torch.is_inference_mode_enabled()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -145,6 +166,10 @@ def _plain_number(option: Any) -> Any:
     return None
 
 
+def _is_on_gpu(param: Tensor) -> bool:
+    return param.device.type == gpu_step.DEVICE_TYPE
+
+
 class _Plan:
     """What lasts from step to step: the parameters, their groups and their state, as objects. What
     is in the tensors, their memory included, is read afresh in every step."""
@@ -161,6 +186,9 @@ class _Plan:
             for tensor in chain(self.params, self.momentum_buffers())
         )
 
+        # If so, gather has nothing to do: asked once, because it only ever saves time.
+        self.on_gpu = all(map(_is_on_gpu, self.params))
+
         count = len(self.params)
         group_of = chain.from_iterable([i] * size for i, size in enumerate(self.sizes))
         self.group_of = (ctypes.c_int32 * count)(*group_of)
@@ -175,7 +203,7 @@ class _Plan:
             spans=ctypes.addressof(self.spans),
             count=count,
             type_offset=_HEADER - _WORD,
-            tensor_offset=_TENSOR_OFFSET,
+            tensor_offset=_TENSOR_OFFSET or 0,
             tensor_type=id(Tensor),
             parameter_type=id(Parameter),
             none=id(None),
@@ -207,6 +235,22 @@ class _Plan:
             return tuple(map(_get_momentum_buffer, self.states))
         except KeyError:  # some parameter has yet to take its first step with momentum
             return tuple(state.get("momentum_buffer") for state in self.states)
+
+
+def _overflowed(found_inf: Tensor | None) -> bool:
+    """Waits for the device."""
+    return found_inf is not None and found_inf.item() != 0  # the sum over devices: not only 1
+
+
+def _inv_scale(grad_scale: Tensor | None) -> float | None:
+    return None if grad_scale is None else grad_scale.double().reciprocal().float().item()
+
+
+def _drop_buffer(state: dict[Any, dict[str, Any]], key: Any) -> None:
+    """Leave a momentum buffer out of a copy of the state."""
+    state[key] = {name: value for name, value in state[key].items() if name != "momentum_buffer"}
+    if not state[key]:
+        del state[key]
 
 
 class SGD(torch.optim.SGD):
@@ -267,7 +311,21 @@ class SGD(torch.optim.SGD):
     deep learning <http://www.cs.toronto.edu/%7Ehinton/absps/momentum.pdf>`_, 2013.
     """
 
-    _plan: _Plan | None = None  # not part of __getstate__: copies make their own
+    # Not part of __getstate__: copies make their own.
+    _plan: _Plan | None = None
+    _devices: dict[torch.device, DeviceStep] | None = None
+
+    @functools.wraps(torch.optim.SGD.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Room for what the device has to remember: a CUDA graph that captures the first step could
+        # not keep it from one replay to the next.
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for param in chain.from_iterable(map(_get_params, self.param_groups)):
+            if _is_on_gpu(param) and _gpu_family() is not None:
+                by_device.setdefault(param.device, []).append(param)
+        for device, params in by_device.items():
+            self._device_step(device, params)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -282,6 +340,49 @@ class SGD(torch.optim.SGD):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None  # load_state_dict comes here: let go of the old momentum buffers
+        self._devices = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept: dict[str, Any] = super().__getstate__()
+        unstarted = self._unstarted()
+        if unstarted:
+            state = kept["state"] = kept["state"].copy()
+            for param in unstarted:
+                _drop_buffer(state, param)
+        return kept
+
+    def state_dict(self) -> dict[str, Any]:
+        packed: dict[str, Any] = super().state_dict()
+        unstarted = set(map(id, self._unstarted()))
+        if unstarted:
+            params = chain.from_iterable(map(_get_params, self.param_groups))
+            for i, param in enumerate(params):
+                if id(param) in unstarted and i in packed["state"]:
+                    _drop_buffer(packed["state"], i)
+        return packed
+
+    state_dict.__doc__ = torch.optim.SGD.state_dict.__doc__
+
+    def _unstarted(self) -> list[Tensor]:
+        """Parameters on GPUs whose buffer holds no value yet, because every step so far overflowed.
+        torch would take it for one that does."""
+        return [
+            param
+            for device in (self._devices or {}).values()
+            for param in device.unstarted()
+            if self.state.get(param, {}).get("momentum_buffer") is not None
+        ]
+
+    def _device_step(self, device: torch.device, params: list[Tensor]) -> DeviceStep:
+        if self._devices is None:
+            self._devices = {}
+        step = self._devices.get(device)
+        if step is None or not step.holds(params):
+            old, step = step, DeviceStep(device, params)
+            if old is not None:
+                step.adopt(old)
+            self._devices[device] = step
+        return step
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -306,22 +407,24 @@ class SGD(torch.optim.SGD):
                 self._torch_step(group, group["params"], grad_scale=grad_scale, found_inf=found_inf)
             return loss
 
-        if found_inf is not None and found_inf.item() != 0:  # the sum over devices: not only 1
-            return loss
-        inv_scale = None
-        if grad_scale is not None:
-            inv_scale = grad_scale.double().reciprocal().float().item()
         if _kernels_apply() and not self.defaults["differentiable"]:
-            self._kernel_step(inv_scale)
-        else:
+            self._kernel_step(grad_scale, found_inf)
+        elif not _overflowed(found_inf):
+            inv_scale = _inv_scale(grad_scale)
             for group in self.param_groups:
                 self._torch_step(group, group["params"], inv_scale=inv_scale)
         return loss
 
-    def _kernel_step(self, inv_scale: float | None) -> None:
+    def _kernel_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         groups, plan = self.param_groups, self._plan
         if plan is None or not plan.holds(groups, self.state):
             plan = self._plan = _Plan(groups, self.state)
+        if plan.on_gpu and plan.params or _TENSOR_OFFSET is None:
+            self._gpu_step(plan, range(len(plan.params)), grad_scale, found_inf)
+            return
+        if _overflowed(found_inf):
+            return
+        inv_scale = _inv_scale(grad_scale)
         plan.read_options(groups)
         params, table = plan.params, plan.table
         grads = tuple(map(_get_grad, params))
@@ -351,12 +454,12 @@ class SGD(torch.optim.SGD):
                 self._torch_step(group, group["params"], inv_scale=inv_scale)
             return
         if seen & _TORCH:
-            left: dict[int, list[Tensor]] = {}
-            for param, verdict, index in zip(params, plan.verdicts, plan.group_of, strict=True):
-                if verdict == _TORCH:
-                    left.setdefault(index, []).append(param)
-            for index, group_params in left.items():
-                self._torch_step(groups[index], group_params, inv_scale=inv_scale)
+            left = [
+                i
+                for i, (param, verdict) in enumerate(zip(params, plan.verdicts, strict=True))
+                if verdict == _TORCH or _is_on_gpu(param)
+            ]
+            self._gpu_step(plan, left, grad_scale, None)
 
         if seen != _DONE and _run(plan.table_address) != 0:
             raise RuntimeError("fastopt.SGD: torch could not run the update in parallel")
@@ -372,6 +475,49 @@ class SGD(torch.optim.SGD):
         increment_version(params + buffers)
         if inv_scale is not None:
             increment_version(grads)
+
+    def _gpu_step(
+        self,
+        plan: _Plan,
+        places: Iterable[int],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Update some of the parameters: those on GPUs by the kernels there, all others by torch."""
+        family = None if plan.inference else _gpu_family()
+        by_device: dict[torch.device, list[int]] = {}
+        left: list[int] = []
+        for i in places:
+            param = plan.params[i]
+            if family is not None and _is_on_gpu(param):
+                by_device.setdefault(param.device, []).append(i)
+            else:
+                left.append(i)
+        buffers = plan.momentum_buffers() if by_device else ()
+        steps = []
+        for device, own in by_device.items():
+            step = self._device_step(device, [plan.params[i] for i in own])
+            steps.append(step)
+            not_served = step.gather(
+                self.param_groups,
+                [plan.group_of[i] for i in own],
+                [plan.params[i].grad for i in own],
+                [buffers[i] for i in own],
+            )
+            left += [own[i] for i in not_served]
+        if left and not _overflowed(found_inf):
+            if by_device:
+                for param in self._unstarted():
+                    if any(param is plan.params[i] for i in left):
+                        del self.state[param]["momentum_buffer"]
+            inv_scale = _inv_scale(grad_scale)
+            by_group: dict[int, list[Tensor]] = {}
+            for i in left:
+                by_group.setdefault(plan.group_of[i], []).append(plan.params[i])
+            for index, params in by_group.items():
+                self._torch_step(self.param_groups[index], params, inv_scale=inv_scale)
+        for step in steps:
+            step.launch(_LAUNCHERS[family], self.state, grad_scale, found_inf)
 
     def _torch_step(
         self,
@@ -389,15 +535,19 @@ class SGD(torch.optim.SGD):
         grads: list[Tensor] = []
         buffers: list[Tensor | None] = []
         has_sparse_grad = self._init_group(group, selected, grads, buffers)
-        if inv_scale is not None:
-            for grad in grads:
-                grad.mul_(inv_scale)
         foreach, fused = group["foreach"], group["fused"]
-        if not torch.compiler.is_compiling() and all(p.device.type == "cpu" for p in selected):
-            # On CPU torch's foreach writes into gradients (nesterov) and rounds momentum to half
-            # precision, and its fused kernel ignores strides, shapes, version counters and, in
-            # half precision, parameters: only its errors are kept.
-            foreach = False
+        on_cpu = all(param.device.type == "cpu" for param in selected)
+        if inv_scale is not None:
+            if on_cpu or _gpu_family() is None:
+                for grad in grads:
+                    grad.mul_(inv_scale)
+            else:
+                grads = [grad * inv_scale for grad in grads]
+        if not torch.compiler.is_compiling() and (on_cpu or _gpu_family() is not None):
+            # torch's foreach writes into gradients (nesterov) and, on CPU, rounds momentum to half
+            # precision: on GPU it runs where it was asked for. Its fused kernels ignore version
+            # counters and, on CPU, strides, shapes and half parameters: only their errors are kept.
+            foreach = bool(foreach) and not on_cpu
             fused = fused and (has_sparse_grad or not all(map(Tensor.is_floating_point, selected)))
         sgd(
             selected,

@@ -1,0 +1,14 @@
+// SGD on GPU, below fastopt/gpu_step.py, which calls this through ctypes. Not a torch op: those can
+// be called by anyone, and a table of addresses cannot be checked.
+#include "cuda/sgd.h"
+
+// Launches the step on `stream` of the current device. Returns null, or why it could not.
+extern "C" __attribute__((visibility("default"))) const char* fastopt_sgd_run_cuda(
+    const fastopt::gpu::SgdStep* step, cudaStream_t stream) noexcept {
+  using namespace fastopt::gpu;
+  const bool launched = share_out(*step, [stream](const SgdShare& share, int64_t grid) {
+    sgd_kernel<<<static_cast<unsigned>(grid), kSgdThreads, kSgdSharedBytes, stream>>>(share);
+    return cudaPeekAtLastError() == cudaSuccess;
+  });
+  return launched ? nullptr : cudaGetErrorString(cudaGetLastError());
+}

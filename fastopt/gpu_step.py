@@ -1,0 +1,436 @@
+"""SGD's step on GPU, below optim.py: the parameters of one device, gathered into one table for the
+kernels of csrc/cuda/sgd.h or kernels/sgd.py.
+
+    DeviceStep          what lasts from step to step on one device
+    DeviceStep.gather   reads the tensors; says which are left to torch's path
+    DeviceStep.launch   hands the table to the kernels
+
+Nothing here waits for the device: options that are tensors there, GradScaler's scale and flag and
+the question whether a momentum buffer holds a value already are left for the kernels to read.
+"""
+
+import ctypes
+import functools
+import math
+import struct
+import sys
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import gt, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+
+from fastopt import ops
+
+DEVICE_TYPE = "cuda"  # ROCm's name as well
+
+# csrc/cpu/sgd.h: SgdElement. csrc/cuda/sgd.h: SgdSource, where 0 means a value in the table.
+_ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_SOURCES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
+_SIZES = (4, 8, 2, 2)
+_ROW_WORDS = 6  # SgdRow
+_NO_ROW = (0,) * _ROW_WORDS
+_GROUP_WORDS = 5  # SgdDeviceGroup
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass
+class Launch:
+    """What the kernels are given. The words are those of csrc/cuda/sgd.h: SgdStep."""
+
+    rows: "array[int]"  # _ROW_WORDS per parameter
+    groups: bytes  # _GROUP_WORDS per parameter group
+    started: Tensor  # int32, one per parameter, and the count of blocks that are done
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    device: torch.device
+    kept: Sequence[Any]  # what must not be freed before the kernels are enqueued
+
+    @property
+    def count(self) -> int:
+        return len(self.rows) // _ROW_WORDS
+
+
+class _Step(ctypes.Structure):
+    """csrc/cuda/sgd.h: SgdStep."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("groups", ctypes.c_char_p),
+        ("group_count", ctypes.c_int64),
+        ("started", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
+        ("grad_scale", ctypes.c_void_p),
+        ("found_inf", ctypes.c_void_p),
+        ("processors", ctypes.c_int64),
+    ]
+
+
+def c_step(launch: Launch, processors: int) -> _Step:
+    started = launch.started.data_ptr()
+    return _Step(
+        rows=launch.rows.buffer_info()[0],
+        count=launch.count,
+        groups=launch.groups,
+        group_count=len(launch.groups) // (8 * _GROUP_WORDS),
+        started=started,
+        arrived=started + 4 * launch.count,
+        grad_scale=None if launch.grad_scale is None else launch.grad_scale.data_ptr(),
+        found_inf=None if launch.found_inf is None else launch.found_inf.data_ptr(),
+        processors=processors,
+    )
+
+
+@functools.cache
+def _cuda_run() -> Any:
+    run = ctypes.CDLL(str(ops.CUDA_LIBRARY)).fastopt_sgd_run_cuda
+    run.argtypes = [ctypes.POINTER(_Step), ctypes.c_void_p]
+    run.restype = ctypes.c_char_p
+    return run
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def launch_cuda(launch: Launch) -> None:
+    """Enqueue the CUDA kernels on the current stream of the launch's device."""
+    index = launch.device.index
+    with torch.cuda.device(index):
+        stream = torch.cuda.current_stream(index).cuda_stream
+        error = _cuda_run()(c_step(launch, _processors(index)), stream)
+    if error is not None:
+        raise RuntimeError(f"fastopt.SGD: CUDA refused the update: {error.decode()}")
+
+
+def launch_triton(launch: Launch) -> None:
+    """Enqueue the Triton kernel on the current stream of the launch's device."""
+    from fastopt.kernels import sgd  # imports triton
+
+    with torch.cuda.device(launch.device):
+        sgd.run(launch, _processors(launch.device.index))
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is enqueued now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _dtensor(tensor: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _local(tensor: Any) -> Tensor | None:
+    """The memory of a tensor: itself, or the local shard of a DTensor. None if there is more to
+    it: other subclasses, shards that have yet to arrive."""
+    kind = type(tensor)
+    if kind is not Tensor and kind is not Parameter:
+        if not _dtensor(tensor):
+            return None
+        tensor = tensor.to_local()
+        if type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return None
+    return tensor
+
+
+def _is_served(param: Tensor) -> bool:
+    """Dense memory in some order of the dimensions, of a dtype that the kernels know."""
+    if param.layout is not torch.strided or param.dtype not in _ELEMENTS or not _has_memory(param):
+        return False
+    if param.is_contiguous():
+        return True
+    inner = 1
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size != 1:
+            if stride != inner:
+                return False
+            inner *= size
+    return True
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the memory holds the tensor's values: not those of a tensor of zeros without memory
+    or of torch.imag(z.conj()), which holds their negative."""
+    address = tensor.data_ptr()
+    return (
+        (address != 0 or tensor.numel() == 0)
+        and address % tensor.element_size() == 0
+        and not tensor.is_neg()
+    )
+
+
+def _matches(param: Tensor, other: Tensor) -> bool:
+    """Same shape, dtype and device and, element by element, the same order in memory."""
+    if (
+        other.dtype is not param.dtype
+        or other.shape != param.shape
+        or other.device != param.device
+        or other.layout is not torch.strided
+        or not _has_memory(other)
+    ):
+        return False
+    strides, others = param.stride(), other.stride()
+    return strides == others or all(
+        size <= 1 or a == b for size, a, b in zip(param.shape, strides, others, strict=True)
+    )
+
+
+def _same_sharding(param: Any, other: Any) -> bool:
+    if not _dtensor(param):
+        return not _dtensor(other)
+    return (
+        _dtensor(other)
+        and param.shape == other.shape
+        and param.placements == other.placements
+        and param.device_mesh == other.device_mesh
+    )
+
+
+@dataclass
+class _Group:
+    """A parameter group as the kernels see it."""
+
+    packed: bytes = bytes(8 * _GROUP_WORDS)  # SgdDeviceGroup
+    served: bool = False
+    momentum: bool = False  # or perhaps: only the device knows
+    fits_float: bool = False  # torch raises where a finite option exceeds float32
+
+
+def _pack_group(group: dict[str, Any], device: torch.device, kept: list[Tensor]) -> _Group:
+    options = [group[name] for name in ("lr", "momentum", "dampening", "weight_decay")]
+    flags = group["nesterov"], group["maximize"]
+    if any(isinstance(flag, Tensor) for flag in flags):
+        return _Group()
+    words, sources, values = [], [], []
+    for option in options:
+        source = 0
+        if isinstance(option, Tensor):
+            if (
+                type(option) is not Tensor
+                or option.numel() != 1
+                or option.dtype not in _SOURCES
+                or option.requires_grad
+                or option.device.type not in ("cpu", device.type)
+            ):
+                return _Group()
+            if option.device == device:
+                source = _SOURCES[option.dtype]
+                words.append(struct.pack("=Q", option.data_ptr()))
+            elif option.device.type == "cpu":
+                option = option.item()
+            else:
+                option = option.to(device, non_blocking=True)
+                source = _SOURCES[option.dtype]
+                words.append(struct.pack("=Q", option.data_ptr()))
+            if source:
+                kept.append(option)
+        if not source:
+            try:
+                words.append(struct.pack("=d", option))
+            except (TypeError, struct.error, OverflowError):  # torch knows what to say
+                return _Group()
+            values.append(float(option))
+        sources.append(source)
+    return _Group(
+        packed=b"".join(words) + bytes(sources) + bytes(map(bool, flags)) + b"\0\0",
+        served=True,
+        momentum=bool(sources[1]) or options[1] != 0,
+        fits_float=not any(math.isfinite(v) and abs(v) + 1 > _FLOAT_MAX for v in values),
+    )
+
+
+class DeviceStep:
+    """The parameters of an optimizer that are on one device.
+
+    Momentum buffers are torch's: created in the first step, one per parameter, in the optimizer's
+    state. Whether one holds a value already is known on the device only (a step that overflowed has
+    left it alone), in `started`: it speaks of the buffers in `known`; any other buffer was loaded
+    or made by torch, and holds a value.
+    """
+
+    def __init__(self, device: torch.device, params: Sequence[Any]) -> None:
+        self.device = device
+        self.params = tuple(params)
+        self.known: list[Any] = [None] * len(self.params)
+        self.started = torch.zeros(len(self.params) + 1, dtype=torch.int32, device=device)
+        self.unsure = False  # whether `known` may hold buffers that have not started
+        self.written: list[tuple[int, int]] = []  # memory that a step writes
+        self.begins: list[int] = []
+        self.ends: list[int] = []
+        self.shared = False
+
+    def holds(self, params: Sequence[Any]) -> bool:
+        return len(params) == len(self.params) and all(map(is_, params, self.params))
+
+    def adopt(self, other: "DeviceStep") -> None:
+        """Take over what another knows of the same parameters."""
+        places = {id(param): i for i, param in enumerate(other.params)}
+        moves = [(i, i - places[id(p)]) for i, p in enumerate(self.params) if id(p) in places]
+        for begin, end, shift in _runs(moves):
+            self.started[begin:end].copy_(other.started[begin - shift : end - shift])
+            self.known[begin:end] = other.known[begin - shift : end - shift]
+        self.unsure = other.unsure
+
+    def unstarted(self) -> list[Any]:
+        """The parameters whose known buffer holds no value yet. Waits for the device if need be."""
+        if not self.unsure:
+            return []
+        started = self.started.tolist()
+        left = [
+            param
+            for param, buffer, flag in zip(self.params, self.known, started, strict=False)
+            if buffer is not None and not flag
+        ]
+        self.unsure = bool(left)
+        return left
+
+    def gather(
+        self,
+        groups: list[dict[str, Any]],
+        group_of: Sequence[int],
+        grads: Sequence[Any],
+        buffers: Sequence[Any],
+    ) -> list[int]:
+        """Read the tensors of a step. Returns the places of those that torch's path must take."""
+        self.kept: list[Any] = []
+        packed = [_pack_group(group, self.device, self.kept) for group in groups]
+        self.groups = b"".join(group.packed for group in packed)
+        self.buffers = list(buffers)
+        self.ready: list[int] = []
+        rows = [_NO_ROW] * len(self.params)
+        left = []
+        for i, (param, grad, buffer) in enumerate(zip(self.params, grads, buffers, strict=True)):
+            if grad is None:
+                continue
+            row = self._row(i, param, grad, buffer, group_of[i], packed[group_of[i]])
+            if row is None:
+                left.append(i)
+            else:
+                rows[i] = row
+                self.ready.append(i)
+        if self._overlap(rows):
+            left, self.ready = sorted(left + self.ready), []
+        self.rows = array("q", chain.from_iterable(rows))
+        return left
+
+    def _row(
+        self, i: int, param: Any, grad: Any, buffer: Any, index: int, group: _Group
+    ) -> tuple[int, ...] | None:
+        """A parameter's SgdRow; None if the kernels do not serve it."""
+        own, gradient = _local(param), _local(grad)
+        if (
+            not group.served
+            or own is None
+            or gradient is None
+            or not _same_sharding(param, grad)
+            or not _is_served(own)
+            or not _matches(own, gradient)
+            or not (group.fits_float or own.dtype is torch.float64)
+        ):
+            return None
+        address = 0
+        if group.momentum:
+            if buffer is None:
+                # In a graph zeros would be written anew in every replay. Nobody reads them: a
+                # first step only writes.
+                make = torch.empty_like if capturing(self.device) else torch.zeros_like
+                buffer = self.buffers[i] = make(grad)
+            momentum = _local(buffer)
+            if momentum is None or not _same_sharding(param, buffer) or not _matches(own, momentum):
+                return None
+            address = momentum.data_ptr()
+        element = _ELEMENTS[own.dtype]
+        return (
+            own.data_ptr(), gradient.data_ptr(), address, own.numel(), 0, index | element << 32
+        )  # fmt: skip
+
+    def _overlap(self, rows: list[tuple[int, ...]]) -> bool:
+        """Whether memory is shared between rows: torch updates those one by one. A gradient may be
+        its own parameter: every element is read before it is written."""
+        written, read = [], []
+        for param, grad, buffer, numel, _, packed in rows:
+            if numel:
+                size = numel * _SIZES[packed >> 32]
+                written.append((param, param + size))
+                if buffer:
+                    written.append((buffer, buffer + size))
+                if grad != param:
+                    read.append((grad, grad + size))
+        if written != self.written:  # rarely: parameters and buffers stay where they are
+            self.written = written
+            ordered = sorted(written)
+            self.begins = [begin for begin, _ in ordered]
+            self.ends = [end for _, end in ordered]
+            self.shared = any(map(gt, self.ends, self.begins[1:]))
+        if self.shared:
+            return True
+        for begin, end in read:
+            at = bisect_right(self.ends, begin)
+            if at < len(self.begins) and self.begins[at] < end:
+                return True
+        return False
+
+    def launch(
+        self,
+        run: Callable[[Launch], None],
+        state: dict[Any, dict[str, Any]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Enqueue the update of what gather found ready."""
+        if not self.ready:
+            return
+        created = self._settle(state)
+        scale, inf = (
+            None if t is None else t.to(self.device, torch.float32, non_blocking=True)
+            for t in (grad_scale, found_inf)
+        )
+        run(Launch(self.rows, self.groups, self.started, scale, inf, self.device, self.kept))
+        for i in created:
+            state[self.params[i]]["momentum_buffer"] = self.buffers[i]
+        if created and (inf is not None or self.kept or capturing(self.device)):
+            self.unsure = True
+        changed = [self.params[i] for i in self.ready]
+        changed += [b for i in self.ready if (b := self.buffers[i]) is not None]
+        increment_version(changed + [t.to_local() for t in changed if _dtensor(t)])
+
+    def _settle(self, state: dict[Any, dict[str, Any]]) -> list[int]:
+        """Make `started` speak of this step's buffers. Returns the places of new ones."""
+        created = []
+        settled = []  # (place, value)
+        for i in self.ready:
+            buffer = self.buffers[i]
+            if buffer is None or buffer is self.known[i]:
+                continue
+            is_new = state.get(self.params[i], {}).get("momentum_buffer") is not buffer
+            if is_new:
+                created.append(i)
+            if not is_new or self.known[i] is not None:  # else `started` is 0 already
+                settled.append((i, int(not is_new)))
+            self.known[i] = buffer
+        for begin, end, value in _runs(settled):
+            self.started[begin:end].fill_(value)
+        return created
+
+
+def _runs(settled: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(first place, place after the last, value) of neighbours with one value."""
+    begin = end = value = -1
+    for place, own in settled:
+        if place != end or own != value:
+            if end > begin:
+                yield begin, end, value
+            begin, value = place, own
+        end = place + 1
+    if end > begin:
+        yield begin, end, value
