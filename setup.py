@@ -96,7 +96,8 @@ class Torch(NamedTuple):
     def include(self) -> list[str]:
         # -isystem: warnings in torch's headers are not ours to mend.
         headers = self.folder / "include"
-        return ["-Icsrc", f"-isystem{headers}", f"-isystem{headers}/torch/csrc/api/include"]
+        paths = [headers, headers / "torch/csrc/api/include"]
+        return ["-Icsrc", *(word for path in paths for word in ("-isystem", str(path)))]
 
 
 def find_torch() -> Torch:

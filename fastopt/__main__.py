@@ -46,6 +46,8 @@ def cross_entropy_kernel(device: str) -> str:
 def sgd_kernel(device: str) -> str:
     if device == "cpu" and optim._kernels_apply():
         return f"C++, {ops.simd_level()}"
+    if device == "cuda" and ops.GPU_FAMILY is not None:
+        return GPU_KERNELS[ops.GPU_FAMILY]
     if device == "cpu" and ops.CPU_LIBRARY is not None:
         return "torch's own: this Python's or torch's object layout is unknown"
     return "torch's own"

@@ -13,7 +13,6 @@ Parameters on a GPU go to gpu_step.py instead of gather and run.
 
 import ctypes
 import functools
-import importlib.util
 from array import array
 from collections.abc import Callable, Iterable
 from itertools import chain, compress
@@ -108,14 +107,9 @@ if _TENSOR_OFFSET is not None:
         _function.restype = ctypes.c_int64
 
 
-@functools.cache
 def _gpu_family() -> str | None:
     """Which kernels serve GPUs: cuda, triton, or None where torch's own do."""
-    if ops.BACKEND in (None, "cuda") and ops.CUDA_LIBRARY is not None:
-        return "cuda"
-    if ops.BACKEND in (None, "triton") and importlib.util.find_spec("triton") is not None:
-        return "triton"
-    return None
+    return ops.GPU_FAMILY
 
 
 _LAUNCHERS: dict[Any, Callable[[Launch], None]] = {
