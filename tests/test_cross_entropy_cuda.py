@@ -98,7 +98,14 @@ def emulation() -> ctypes.CDLL:
         subprocess.run(
             [
                 *("g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *flags),
-                *("-fPIC", "-shared", "-DFASTOPT_EMULATED", "-Icsrc", "-Itests/emulation"),
+                *(
+                    "-fPIC",
+                    "-shared",
+                    "-U_FORTIFY_SOURCE",
+                    "-DFASTOPT_EMULATED",
+                    "-Icsrc",
+                    "-Itests/emulation",
+                ),
                 *(str(source), "-o", str(unfinished)),
             ],
             cwd=ROOT,
