@@ -27,7 +27,6 @@ from cross_entropy_cases import (
     OPTIONS,
     Options,
     class_dim,
-    classes_last,
     differentiate,
     dtype_name,
     exact,
@@ -36,7 +35,6 @@ from cross_entropy_cases import (
     make_target,
     offset,
     random_upstream,
-    row_strided,
 )
 from fastopt import reference
 
@@ -100,7 +98,14 @@ def emulation() -> ctypes.CDLL:
         subprocess.run(
             [
                 *("g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *flags),
-                *("-fPIC", "-shared", "-DFASTOPT_EMULATED", "-Icsrc", "-Itests/emulation"),
+                *(
+                    "-fPIC",
+                    "-shared",
+                    "-U_FORTIFY_SOURCE",
+                    "-DFASTOPT_EMULATED",
+                    "-Icsrc",
+                    "-Itests/emulation",
+                ),
                 *(str(source), "-o", str(unfinished)),
             ],
             cwd=ROOT,
@@ -204,7 +209,7 @@ class Emulation:
             call.labels = target.data_ptr()
         call.weight = None if weight is None else weight.data_ptr()
         call.ignore_index = ignore_index
-        call.smoothing = max(label_smoothing, 0.0) if label_smoothing == label_smoothing else 0.0
+        call.smoothing = 0.0 if math.isnan(label_smoothing) else max(label_smoothing, 0.0)
         call.mean = reduction == "mean"
         call.descending = self.descending
         for name in ("sm_count", "shared_per_block", "shared_per_sm", "clusters"):
@@ -423,9 +428,9 @@ def test_few_long_rows_are_spread_over_a_cluster(emulation: ctypes.CDLL) -> None
 # Rows side by side: as many as a block has threads, and fewer, with the classes divided. Tiles end
 # within a batch entry, at its end and behind it.
 STRIDED_SHAPES: dict[str, tuple[tuple[int, ...], Device, int]] = {
-    "wide": ((2, 21, 13, 23), tiny(900), 256),
-    "classes-in-2": ((1, 9, 190), tiny(900), 128),
-    "classes-in-4": ((2, 35, 7, 9), H200, 32),
+    "wide": ((2, 3, 13, 23), H200, 256),
+    "classes-in-2": ((1, 7, 190), H200, 128),
+    "classes-in-4": ((2, 9, 7, 9), H200, 64),
     "classes-in-8": ((2, 67, 37), H200, 32),
     "one-position": ((40, 33, 1), H200, 32),
 }
@@ -438,7 +443,7 @@ def test_strided_classes(emulation: ctypes.CDLL, name: str) -> None:
     if name == "one-position":
         logits = logits.transpose(0, 1).contiguous().transpose(0, 1)
     plans = check_indices(emulation, device, logits, EVERYTHING)
-    assert plans[1].kernel == STRIDED
+    assert (plans[1].kernel, plans[1].lanes) == (STRIDED, lanes)
     check(emulation, device, logits, make_probabilities(logits), label_smoothing=0.1)
 
 

@@ -311,17 +311,22 @@ struct CrossEntropy {
   }
 
   struct Row {
-    int64_t y = 0;         // the label, where it is in range
+    int64_t y = -1;        // the label, where it counts and is in range
+    A true_logit = 0;      // x_y
     bool ignored = false;  // counts for nothing
     bool invalid = false;  // becomes NaN: its label is out of range
   };
   FASTOPT_MEMBER Row row_at(int64_t r) const {
     Row row;
     if constexpr (kLabels) {
-      row.y = p.labels[r];
-      row.ignored = row.y == p.ignore_index;
-      row.invalid = !row.ignored && (row.y < 0 || row.y >= p.classes);
-      if (row.ignored || row.invalid) row.y = -1;
+      const int64_t y = p.labels[r];
+      row.ignored = y == p.ignore_index;
+      row.invalid = !row.ignored && (y < 0 || y >= p.classes);
+      if (!row.ignored && !row.invalid) {
+        row.y = y;
+        row.true_logit = to_acc(static_cast<const T*>(
+            p.logits)[offset(p.logits_strides, r) + y * p.logits_strides.cls]);
+      }
     }
     return row;
   }
@@ -381,12 +386,12 @@ struct CrossEntropy {
   }
 
   // From a row's merged statistics to those that its loss and gradient follow from.
-  FASTOPT_MEMBER Stats complete(Stats stats, const Row& row, A true_logit) const {
+  FASTOPT_MEMBER Stats complete(Stats stats, const Row& row) const {
     if (row.ignored) return {0, 1, 0, 0};
     stats = fastopt::finish(stats);
     if constexpr (kLabels) {
       stats.mass = shared.smoothing_mass;  // the sweep's own sum has rounding errors
-      stats = add_true_class(stats, true_logit, true_mass(row.y));
+      stats = add_true_class(stats, row.true_logit, true_mass(row.y));
     }
     if (row.invalid) stats.sum = not_a_number<A>();
     return stats;
@@ -416,19 +421,23 @@ struct CrossEntropy {
     A up, max;
     A factor;   // a / sum
     A log_sum;  // for the gradient of the target
+    A of_true;  // the true class's
   };
-  FASTOPT_MEMBER Gradient gradient_of(int64_t r, const Stats& stats) const {
-    return {upstream(r), stats.max, softmax_factor(stats),
-            p.target_gradient ? scalar_log(stats.sum) : A(0)};
+  FASTOPT_MEMBER Gradient gradient_of(int64_t r, const Row& row, const Stats& stats) const {
+    Gradient g{upstream(r), stats.max, softmax_factor(stats), 0, 0};
+    if constexpr (!kLabels) {
+      if (p.target_gradient) g.log_sum = scalar_log(stats.sum);
+    } else if (row.y >= 0) {
+      // up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
+      const A softmax_mass = g.factor * exp_for<T>(row.true_logit - g.max);
+      g.of_true = g.up * (softmax_mass - total_mass(row.y)) + (g.up - g.up);
+    }
+    return g;
   }
   // up (a p_c - q_c) for a class that is not the true one; q: its mass, where kMass.
   FASTOPT_MEMBER static A logit_gradient(const Gradient& g, A x, A q) {
     if constexpr (kMass) return g.up * (g.factor * exp_for<T>(x - g.max) - q);
     return g.up * g.factor * exp_for<T>(x - g.max);
-  }
-  // up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
-  FASTOPT_MEMBER A true_gradient(const Gradient& g, A x, int64_t y) const {
-    return g.up * (g.factor * exp_for<T>(x - g.max) - total_mass(y)) + (g.up - g.up);
   }
   // d loss / d t_c = up w_c (1 - e) (log(sum) - (x_c - max))
   FASTOPT_MEMBER A target_gradient(const Gradient& g, A x, int64_t c) const {
@@ -437,7 +446,7 @@ struct CrossEntropy {
   FASTOPT_MEMBER A any_gradient(const Gradient& g, const Row& row, A x, A q, int64_t c) const {
     if constexpr (kLabels) {
       if (row.ignored) return 0;
-      return c == row.y ? true_gradient(g, x, c) : logit_gradient(g, x, q);
+      return c == row.y ? g.of_true : logit_gradient(g, x, q);
     } else {
       return p.target_gradient ? target_gradient(g, x, c) : logit_gradient(g, x, q);
     }
@@ -497,8 +506,7 @@ struct CrossEntropy {
           stats.mass += q[k];
         }
       }
-      const A true_logit = kLabels && row.y >= 0 ? to_acc(logits[row.y]) : A(0);
-      stats = complete(sum_of_lanes<kMass>(stats, p.lanes), row, true_logit);
+      stats = complete(sum_of_lanes<kMass>(stats, p.lanes), row);
       if (live && lane == 0) write_results(r, row, stats);
     } else {
       A mass = 0;
@@ -509,7 +517,7 @@ struct CrossEntropy {
       stats = recall(r, row, mass);
     }
     if (!live || p.grad == nullptr) return;
-    const Gradient g = gradient_of(r, stats);
+    const Gradient g = gradient_of(r, row, stats);
     const int64_t at = offset(p.grad_strides, r);
     for (int k = 0; k < kPackedPerLane; ++k) {
       const int64_t c = lane + static_cast<int64_t>(k) * p.lanes;
@@ -565,19 +573,15 @@ struct CrossEntropy {
         }
         stats = recall(r, row, mass);
       } else {
-        const A true_logit =
-            kLabels && row.y >= 0
-                ? to_acc(static_cast<const T*>(p.logits)[offset(p.logits_strides, r) + row.y])
-                : A(0);
         if (!row.ignored) {
           if constexpr (kHeld) hold(read, slice, lane);
           stats = merge(sweep<kHeld>(slice, lane));
         }
-        stats = complete(stats, row, true_logit);
+        stats = complete(stats, row);
         if (lane == 0 && rank == 0) write_results(r, row, stats);
       }
       if (p.grad != nullptr) {
-        const Gradient g = gradient_of(r, stats);
+        const Gradient g = gradient_of(r, row, stats);
         const int64_t at = offset(p.grad_strides, r) + slice.begin;
         if (kHeld && !shares_block()) sync_warp();  // else merge() was the barrier
         if constexpr (kLabels || kHeld) {
@@ -742,8 +746,7 @@ struct CrossEntropy {
             if constexpr (kLabels) {
               const int64_t at = row.y - s.begin - c;
               if (0 <= at && at < n) {
-                for (int k = 0; k < n; ++k)
-                  if (k == at) values[k] = true_gradient(g, x[i * n + k], row.y);
+                for (int k = 0; k < n; ++k) values[k] = k == at ? g.of_true : values[k];
               }
             }
             store_some<n>(grad + c, values);
@@ -800,8 +803,7 @@ struct CrossEntropy {
           add<shape.count>(stats, x, q);
         });
       }
-      const A true_logit = kLabels && row.y >= 0 ? to_acc(logits[row.y * step]) : A(0);
-      stats = complete(merge_parts(stats), row, true_logit);
+      stats = complete(merge_parts(stats), row);
       if (live && thread_index() < p.lanes) write_results(r, row, stats);
     } else {
       if (!kLabels && !p.target_gradient) {
@@ -815,7 +817,7 @@ struct CrossEntropy {
       stats = recall(r, row, stats.mass);
     }
     if (!live || p.grad == nullptr) return;
-    const Gradient g = gradient_of(r, stats);
+    const Gradient g = gradient_of(r, row, stats);
     const int64_t at = offset(p.grad_strides, r);
     for_my_classes([&](auto shape, int64_t c) {
       A x[shape.count] = {}, q[shape.count] = {};

@@ -5,6 +5,7 @@
 // results that depend on it lack a barrier.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -38,7 +39,9 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf jump;        // where it goes on
+  bool begun;
   std::unique_ptr<char[]> stack;
   int thread, rank;  // in its block; of its block in the cluster
   Wait wait = Wait::nothing;
@@ -62,6 +65,7 @@ struct Emulator {
   std::vector<Slot> slots;                      // two per thread, for shuffles
   Fiber* current = nullptr;
   ucontext_t scheduler;
+  jmp_buf scheduler_jump;
   std::function<void()> kernel;
   std::exception_ptr failure;
 
@@ -77,6 +81,7 @@ struct Emulator {
       f.wait = Wait::nothing;
       f.shuffles = 0;
       f.copies.clear();
+      f.begun = false;
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.get();
       f.context.uc_stack.ss_size = kStackBytes;
@@ -114,7 +119,7 @@ struct Emulator {
 
   void wait(Wait kind) {
     current->wait = kind;
-    switch_to(&current->context, &scheduler, false);
+    leave(/*ends=*/false);
   }
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -126,13 +131,13 @@ struct Emulator {
     current = &f;
     void* own = nullptr;
     __sanitizer_start_switch_fiber(&own, f.stack.get(), kStackBytes);
-    swapcontext(&scheduler, &f.context);
+    jump_to(f);
     __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
   }
-  void switch_to(ucontext_t* from, ucontext_t* to, bool ends) {
+  void leave(bool ends) {
     void* own = nullptr;
     __sanitizer_start_switch_fiber(ends ? nullptr : &own, scheduler_stack, scheduler_stack_bytes);
-    swapcontext(from, to);
+    jump_back();
     __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
   }
   void entered() {
@@ -141,11 +146,23 @@ struct Emulator {
 #else
   void resume(Fiber& f) {
     current = &f;
-    swapcontext(&scheduler, &f.context);
+    jump_to(f);
   }
-  void switch_to(ucontext_t* from, ucontext_t* to, bool) { swapcontext(from, to); }
+  void leave(bool) { jump_back(); }
   void entered() {}
 #endif
+
+  // A fiber begins by its context and goes on by jumps: a context switch asks the kernel for the
+  // signal mask, thousands of times in a launch.
+  void jump_to(Fiber& f) {
+    if (_setjmp(scheduler_jump) != 0) return;
+    if (f.begun) _longjmp(f.jump, 1);
+    f.begun = true;
+    swapcontext(&scheduler, &f.context);
+  }
+  void jump_back() {
+    if (_setjmp(current->jump) == 0) _longjmp(scheduler_jump, 1);
+  }
 
   static void start();
 };
@@ -160,7 +177,7 @@ inline void Emulator::start() {
     emulator.failure = std::current_exception();
   }
   emulator.current->wait = Wait::done;
-  emulator.switch_to(&emulator.current->context, &emulator.scheduler, true);
+  emulator.leave(/*ends=*/true);
 }
 
 // kernel<<<grid, threads, shared_bytes>>>, in clusters of `cluster` blocks.
