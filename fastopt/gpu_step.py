@@ -114,10 +114,10 @@ def launch_cuda(launch: Launch) -> None:
 
 def launch_triton(launch: Launch) -> None:
     """Enqueue the Triton kernel on the current stream of the launch's device."""
-    from fastopt.kernels import sgd  # imports triton
+    from fastopt.kernels.sgd import run  # imports triton
 
     with torch.cuda.device(launch.device):
-        sgd.run(launch, _processors(launch.device.index))
+        run(launch, _processors(launch.device.index))
 
 
 def capturing(device: torch.device) -> bool:

@@ -7,6 +7,7 @@ up its first row once. Float32 arithmetic for half precision and float32, float6
 rounding per stored value; the rule is csrc/rules/sgd.h's, multiply-add for multiply-add.
 """
 
+# mypy: disable-error-code="no-untyped-def, import-not-found, import-untyped"
 from array import array
 
 import torch
