@@ -38,6 +38,7 @@ _SIZES = (4, 8, 2, 2)
 _ROW_WORDS = 6  # SgdRow
 _NO_ROW = (0,) * _ROW_WORDS
 _GROUP_WORDS = 5  # SgdDeviceGroup
+_PLAIN = {Tensor, Parameter}
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
@@ -114,10 +115,10 @@ def launch_cuda(launch: Launch) -> None:
 
 def launch_triton(launch: Launch) -> None:
     """Enqueue the Triton kernel on the current stream of the launch's device."""
-    from fastopt.kernels import sgd  # imports triton
+    from fastopt.kernels.sgd import run  # imports triton
 
     with torch.cuda.device(launch.device):
-        sgd.run(launch, _processors(launch.device.index))
+        run(launch, _processors(launch.device.index))
 
 
 def capturing(device: torch.device) -> bool:
@@ -133,14 +134,13 @@ def _dtensor(tensor: Any) -> bool:
 def _local(tensor: Any) -> Tensor | None:
     """The memory of a tensor: itself, or the local shard of a DTensor. None if there is more to
     it: other subclasses, shards that have yet to arrive."""
-    kind = type(tensor)
-    if kind is not Tensor and kind is not Parameter:
-        if not _dtensor(tensor):
-            return None
-        tensor = tensor.to_local()
-        if type(tensor) is not Tensor and type(tensor) is not Parameter:
-            return None
-    return tensor
+    if type(tensor) in _PLAIN:
+        return tensor
+    if _dtensor(tensor):
+        local = tensor.to_local()
+        if type(local) in _PLAIN:
+            return local
+    return None
 
 
 def _is_served(param: Tensor) -> bool:
@@ -186,11 +186,10 @@ def _matches(param: Tensor, other: Tensor) -> bool:
 
 
 def _same_sharding(param: Any, other: Any) -> bool:
-    if not _dtensor(param):
-        return not _dtensor(other)
+    if type(param) in _PLAIN or type(other) in _PLAIN:
+        return type(param) in _PLAIN and type(other) in _PLAIN
     return (
-        _dtensor(other)
-        and param.shape == other.shape
+        param.shape == other.shape
         and param.placements == other.placements
         and param.device_mesh == other.device_mesh
     )
@@ -207,12 +206,13 @@ class _Group:
 
 
 def _pack_group(group: dict[str, Any], device: torch.device, kept: list[Tensor]) -> _Group:
-    options = [group[name] for name in ("lr", "momentum", "dampening", "weight_decay")]
+    names = "lr", "momentum", "dampening", "weight_decay"  # csrc/cuda/sgd.h: SgdOption
+    options = [group[name] for name in names]
     flags = group["nesterov"], group["maximize"]
     if any(isinstance(flag, Tensor) for flag in flags):
         return _Group()
     words, sources, values = [], [], []
-    for option in options:
+    for name, option in zip(names, options, strict=True):
         source = 0
         if isinstance(option, Tensor):
             if (
@@ -239,13 +239,13 @@ def _pack_group(group: dict[str, Any], device: torch.device, kept: list[Tensor])
                 words.append(struct.pack("=d", option))
             except (TypeError, struct.error, OverflowError):  # torch knows what to say
                 return _Group()
-            values.append(float(option))
+            values.append(1 - float(option) if name == "dampening" else float(option))
         sources.append(source)
     return _Group(
         packed=b"".join(words) + bytes(sources) + bytes(map(bool, flags)) + b"\0\0",
         served=True,
         momentum=bool(sources[1]) or options[1] != 0,
-        fits_float=not any(math.isfinite(v) and abs(v) + 1 > _FLOAT_MAX for v in values),
+        fits_float=not any(math.isfinite(v) and abs(v) > _FLOAT_MAX for v in values),
     )
 
 
@@ -402,7 +402,7 @@ class DeviceStep:
             self.unsure = True
         changed = [self.params[i] for i in self.ready]
         changed += [b for i in self.ready if (b := self.buffers[i]) is not None]
-        increment_version(changed + [t.to_local() for t in changed if _dtensor(t)])
+        increment_version(changed + [t.to_local() for t in changed if type(t) not in _PLAIN])
 
     def _settle(self, state: dict[Any, dict[str, Any]]) -> list[int]:
         """Make `started` speak of this step's buffers. Returns the places of new ones."""

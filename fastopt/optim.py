@@ -118,14 +118,18 @@ _LAUNCHERS: dict[Any, Callable[[Launch], None]] = {
 }
 
 
-def _kernels_apply() -> bool:
+def _is_plain_call() -> bool:
     """Whether an update that torch cannot see is the same as one that it can."""
     return (
-        (_TENSOR_OFFSET is not None or _gpu_family() is not None)
-        and not torch.is_inference_mode_enabled()
+        not torch.is_inference_mode_enabled()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def _kernels_apply() -> bool:
+    """Whether the CPU kernels can be used."""
+    return _TENSOR_OFFSET is not None and _is_plain_call()
 
 
 _get_options = itemgetter("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
@@ -309,7 +313,7 @@ class SGD(torch.optim.SGD):
     _plan: _Plan | None = None
     _devices: dict[torch.device, DeviceStep] | None = None
 
-    @functools.wraps(torch.optim.SGD.__init__)
+    @functools.wraps(torch.optim.SGD.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Room for what the device has to remember: a CUDA graph that captures the first step could
@@ -401,7 +405,8 @@ class SGD(torch.optim.SGD):
                 self._torch_step(group, group["params"], grad_scale=grad_scale, found_inf=found_inf)
             return loss
 
-        if _kernels_apply() and not self.defaults["differentiable"]:
+        built = _TENSOR_OFFSET is not None or _gpu_family() is not None
+        if built and _is_plain_call() and not self.defaults["differentiable"]:
             self._kernel_step(grad_scale, found_inf)
         elif not _overflowed(found_inf):
             inv_scale = _inv_scale(grad_scale)

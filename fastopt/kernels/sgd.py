@@ -7,6 +7,7 @@ up its first row once. Float32 arithmetic for half precision and float32, float6
 rounding per stored value; the rule is csrc/rules/sgd.h's, multiply-add for multiply-add.
 """
 
+# mypy: disable-error-code="no-untyped-def, import-not-found, import-untyped"
 from array import array
 
 import torch
@@ -218,7 +219,9 @@ def _sgd_kernel(
             packed = tl.load(row_ptr + 5, mask=mask, other=0)
             momentum = _option(groups_ptr + (packed & 0xFFFFFFFF) * _GROUP_WORDS, _MOMENTUM)
             has_buffer = tl.load(row_ptr + 2, mask=mask, other=0) != 0
-            tl.store(started_ptr + rows, 1, mask=mask & has_buffer & (momentum != 0))
+            has_elements = tl.load(row_ptr + 3, mask=mask, other=0) != 0
+            holds = mask & has_elements & has_buffer & (momentum != 0)
+            tl.store(started_ptr + rows, 1, mask=holds)
             first += 128
 
 
