@@ -3,14 +3,16 @@
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# For its interpreter and its compiler, beside a torch that does not bring one.
+TRITON ?= 3.9.0
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --quiet
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*)
 # The tests that enter every branch of the kernels, run again at lower SIMD levels (against a torch
 # that has no more than they have); and those that also ask for trouble, for the sanitizers.
 LEVEL_TESTS := tests/test_cross_entropy.py tests/test_sgd.py
-SANITIZE_TESTS := $(LEVEL_TESTS) $(foreach part,errors ops memory threads, \
+SANITIZE_TESTS := $(LEVEL_TESTS) $(foreach part,errors ops memory threads cuda, \
 	$(wildcard tests/test_cross_entropy_$(part).py tests/test_sgd_$(part).py))
 
 # On a machine with a GPU, with that machine's own Python: torch for CUDA or ROCm, Triton, pytest,
@@ -56,10 +58,11 @@ format: .venv/.installed
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself is not
 # instrumented, so the runtime is preloaded, and libstdc++ with it: without that the runtime
-# cannot find the functions behind C++ exceptions. Python's own leaks are not our matter.
+# cannot find the functions behind C++ exceptions. Python's own leaks are not our matter. The CUDA
+# kernels' emulation is built with the sanitizers too.
 sanitize: build
 	@CXX=g++ FASTOPT_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext
-	FASTOPT_LIBRARY=$(CURDIR)/build/sanitize/_C.so FASTOPT_ALWAYS=1 \
+	FASTOPT_LIBRARY=$(CURDIR)/build/sanitize/_C.so FASTOPT_ALWAYS=1 FASTOPT_SANITIZE=1 \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(PYTEST) $(SANITIZE_TESTS) -m "not slow"
@@ -108,5 +111,7 @@ clean:
 .venv/.installed: requirements-dev.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==$(TORCH) -r requirements-dev.txt
+	$(BIN)/python -c "import triton" 2>/dev/null || \
+	$(BIN)/python -m pip install --quiet --no-deps triton==$(TRITON)
 	FASTOPT_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -1,0 +1,70 @@
+"""cross_entropy through its face, autograd and the dispatcher down to the Triton kernels, which run
+in the interpreter: as on a GPU, but for the device.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# The interpreter is chosen when triton is imported, the C++ kernels when fastopt is: so in a child.
+PROGRAM = """
+import sys
+import torch
+import fastopt
+from fastopt import ops
+
+for name in ops.OPS:
+    launcher = ops._triton_launcher(name)
+    torch.library.impl(f"fastopt::{name}", "CPU", launcher, lib=ops._library)
+assert "triton" not in sys.modules, "triton is imported before it is used"
+
+from cross_entropy_cases import *
+
+for shape in [(33, 10), (3, 1025), (2, 21, 5, 7), (13,)]:
+    for dtype in (torch.float32, torch.float16):
+        logits = make_logits(shape, dtype)
+        for reduction in REDUCTIONS:
+            check_options(logits, EVERYTHING, reduction=reduction, upstream=random_upstream)
+        check_options(logits, OPTIONS["plain"])
+        check(logits, make_probabilities(logits), wanted=("logits", "target"), label_smoothing=0.1)
+
+logits = make_logits((33, 10)).requires_grad_()
+target = make_target(logits)
+loss = fastopt.cross_entropy(logits, target)
+assert "_GradientInForward" in type(loss.grad_fn).__name__
+(first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+(second,) = torch.autograd.grad(loss, logits, torch.tensor(0.5))
+assert torch.equal(second, first * 0.5)
+
+target[3] = 10
+loss = fastopt.cross_entropy(logits, target, reduction="sum")
+(gradient,) = torch.autograd.grad(loss, logits)
+assert loss.isnan() and gradient.isnan().any(1).tolist() == [row == 3 for row in range(33)]
+
+scaled = torch.ones(5000)
+assert torch.ops.fastopt.cross_entropy_scale_(scaled, torch.tensor(0.25)) is None
+assert scaled.eq(0.25).all()
+assert "fastopt.kernels.cross_entropy" in sys.modules
+print("all checked")
+"""
+
+
+def test_the_face_reaches_the_triton_kernels() -> None:
+    variables = {"TRITON_INTERPRET": "1", "FASTOPT_BACKEND": "reference", "FASTOPT_ALWAYS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        check=False,
+        cwd=Path(__file__).parent,
+        env={**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "all checked\n"
