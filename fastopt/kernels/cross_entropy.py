@@ -597,7 +597,7 @@ def _backward_kernel(
 # -- scaling ----------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _scale_kernel(
     grad_ptr,  # (count)
     grad_loss_ptr,  # 0-dim
@@ -608,12 +608,17 @@ def _scale_kernel(
     """A fixed number of programs, so that a factor of 1 costs an empty launch, whatever the size."""
     factor = tl.load(grad_loss_ptr).to(ACC)
     if factor != 1.0:
-        begin = tl.program_id(0).to(tl.int64) * BLOCK
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for first in range(begin, count, step):
-            at = first + tl.arange(0, BLOCK)
-            g = tl.load(grad_ptr + at, mask=at < count, other=0.0).to(ACC)
-            tl.store(grad_ptr + at, (factor * g).to(grad_ptr.dtype.element_ty), mask=at < count)
+        program = tl.program_id(0).to(tl.int64)
+        lane = tl.arange(0, BLOCK)
+        whole = count // BLOCK * BLOCK
+        for first in range(program * BLOCK, whole, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = grad_ptr + first + lane  # without a mask, so in vectors whatever the count
+            tl.store(at, (factor * tl.load(at).to(ACC)).to(grad_ptr.dtype.element_ty))
+        if program == 0:
+            at = grad_ptr + whole + lane
+            rest = tl.load(at, mask=lane < count - whole, other=0.0).to(ACC)
+            rest = (factor * rest).to(grad_ptr.dtype.element_ty)
+            tl.store(at, rest, mask=lane < count - whole)
 
 
 # -- plan -------------------------------------------------------------------------------------------
