@@ -65,6 +65,7 @@ class TestInTheInterpreter:
     @pytest.mark.slow
     def test_in_a_process_of_its_own(self) -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTOPT_ALWAYS": "1"}
+        environment["OMP_NUM_THREADS"] = "1"  # the interpreter is numpy; tensors here are small
         # numpy warns of every infinity that a hazard's row computes with.
         command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "pytest", "-q", "-x"]
         child = subprocess.run(
@@ -91,7 +92,7 @@ class TestInTheInterpreter:
 BRANCHES = {
     "no-batch": (19,),
     "one-class": (5, 1),
-    "rows-share-a-program": (130, 3),
+    "rows-share-a-program": (67, 3),
     "exactly-a-block": (3, 2048),
     "a-block-and-one": (3, 2049),
     "multiple-of-8-only": (5, 1000),
@@ -99,7 +100,7 @@ BRANCHES = {
     "one-position": (3, 5, 1),
     "entries-share-a-tile": (9, 5, 3),
     "tile-inside-an-entry": (2, 21, 64),
-    "tiles-with-remainder": (2, 21, 131),
+    "tiles-with-remainder": (2, 21, 67),
     "strided-classes-in-blocks": (1, 301, 9),
     "image": (2, 21, 13, 5),
     "volume": (2, 5, 3, 4, 7),
@@ -373,10 +374,10 @@ class TestInterpreted:
         )
         return outputs
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
     def test_every_output_is_written_and_nothing_else(
-        self, guarded: list[tuple[Tensor, Tensor]], dtype: torch.dtype
+        self, guarded: list[tuple[Tensor, Tensor]]
     ) -> None:
+        dtype = torch.float16
         for shape in [(19,), (33, 3), (2, 1003), (9, 5, 3), (1, 21, 67), (1, 301, 9), (1, 33003)]:
             logits = make_logits(shape, dtype)
             target, _ = OPTIONS["ignored"].apply(logits, make_target(logits))
