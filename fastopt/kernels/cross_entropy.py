@@ -332,6 +332,8 @@ def _forward_kernel(
     PARTS: tl.constexpr,
 ):
     MASS: tl.constexpr = SMOOTHING or not LABELS
+    # The second sweep wants the lines of the first again.
+    EVICT: tl.constexpr = "evict_last" if GRADIENT and LOOP else "evict_first"
     if AXIS == 1:
         classes = _known_multiple(classes, UNIT)
     row, entry, position, inside = _rows_of_program(rows, positions, ROWS, IN_ENTRY, UNIT, AXIS)
@@ -361,7 +363,7 @@ def _forward_kernel(
         edge_c, edge, head, length = _edges(logits_start, classes, EDGE)
         edge_mask = edge & read
         edge_x = _load_logits(
-            logits_ptr, logits_start, logits_class, edge_c, edge_mask, "evict_last", ACC, UNIT, AXIS
+            logits_ptr, logits_start, logits_class, edge_c, edge_mask, EVICT, ACC, UNIT, AXIS
         )
         edge_q = _load_mass(
             target_ptr, target_start, target_class, weight_ptr, edge_c, edge_mask, classes, keep, uniform,
@@ -382,9 +384,8 @@ def _forward_kernel(
         for first in range(0, classes, BLOCK):
             c = _block_classes(first, BLOCK, AXIS)
             mask = (c < length) & read
-            # The second sweep wants these lines again.
             x = _load_logits(
-                logits_ptr, logits_start, logits_class, c, mask, "evict_last", ACC, UNIT, AXIS
+                logits_ptr, logits_start, logits_class, c, mask, EVICT, ACC, UNIT, AXIS
             )
             q = _load_mass(
                 target_ptr, target_start, target_class, weight_ptr, c, mask, length, keep, uniform,
