@@ -6,12 +6,12 @@ with q the target mass, a = sum_c q_c, m = max_c x_c (csrc/rules/softmax.h has t
 
 Memory sees one read and one write per logit. A block holds whole rows while they fit in registers;
 longer rows are swept twice, the second time backwards, while they are in L2 (one program a row,
-at most one an SM). Blocks are 2-D, rows and classes, with whichever steps through memory in
-smaller steps along the lanes: the same text serves (N, C), channels_last and (N, C, d1, ...).
+at most one an SM). Blocks are 2-D, rows and classes: lanes run over classes where they are
+contiguous, else over positions, so that one text serves (N, C), channels_last and (N, C, d1, ...).
 
 Arithmetic in float32 (float64 for float64), rounded once, at the store; row losses and total
 weight are added up in float64. No atomics: the same bits every run. No value is read on the host.
-Ignored rows are never read. A label out of range is no address: its row becomes NaN.
+A label out of range is no address: its row becomes NaN.
 
 Order: what blocks share | total weight | loss, with its gradient | loss of all rows | gradients
 from kept statistics | scaling | plan | launchers.
@@ -85,11 +85,10 @@ def _block_classes(first, BLOCK: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def _offsets(start, c, class_stride, UNIT: tl.constexpr, AXIS: tl.constexpr):
-    """start: of the rows. In 64 bits wherever classes are strided: C * stride may pass 2^31."""
+    """start: of the rows. In 64 bits where classes are strided: C * stride may pass 2^31."""
     if AXIS == 0:
-        c = c.to(tl.int64)
-        class_stride = _known_multiple(class_stride, UNIT)
-    return tl.expand_dims(start, AXIS) + c * class_stride
+        c = c.to(tl.int64) * _known_multiple(class_stride, UNIT)
+    return tl.expand_dims(start, AXIS) + c
 
 
 @triton.jit
@@ -111,11 +110,32 @@ def _load_labels(
     label = tl.load(target_ptr + row, mask=inside, other=0)
     live = inside & (label != ignore_index)
     valid = live & (label >= 0) & (label < classes)
-    label = tl.where(valid, label, -1)
+    label = tl.where(valid, label, -1)  # (in 32 bits, ptxas spills in the largest blocks)
     true_mass = tl.full(label.shape, keep, ACC)
     if WEIGHT:
         true_mass *= tl.load(weight_ptr + tl.where(valid, label, 0), mask=valid, other=0.0)
     return label, live, tl.where(valid, true_mass, float("nan"))
+
+
+@triton.jit
+def _word_start(start, EDGE: tl.constexpr):
+    return _known_multiple(start + (EDGE - 1), EDGE)
+
+
+@triton.jit
+def _edges(start, classes, EDGE: tl.constexpr):
+    """What of rows lies in whole words of EDGE elements, and what does not.
+
+    Returns the classes of a block (rows, 2 EDGE) that holds both edges, which of them exist, the
+    class that the first whole word begins with, and the number of classes in whole words.
+    """
+    start = tl.expand_dims(start, 1)
+    first = _word_start(start, EDGE)
+    last = _known_multiple(start + classes, EDGE)
+    i = tl.expand_dims(tl.arange(0, 2 * EDGE), 0)
+    c = tl.where(i < EDGE, i, last - start + (i - EDGE)).to(tl.int32)
+    exists = tl.where(i < EDGE, i < first - start, c < classes)
+    return c, exists, (first - start).to(tl.int32), (last - first).to(tl.int32)
 
 
 @triton.jit
@@ -308,14 +328,18 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOOP: tl.constexpr,
+    EDGE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     MASS: tl.constexpr = SMOOTHING or not LABELS
+    # The second sweep wants the lines of the first again.
+    EVICT: tl.constexpr = "evict_last" if GRADIENT and LOOP else "evict_first"
     if AXIS == 1:
         classes = _known_multiple(classes, UNIT)
     row, entry, position, inside = _rows_of_program(rows, positions, ROWS, IN_ENTRY, UNIT, AXIS)
     logits_start = _starts(entry, position, logits_batch, logits_position, UNIT, AXIS)
     target_start = _starts(entry, position, target_batch, target_position, UNIT, AXIS)
+    grad_start = _starts(entry, position, grad_batch, grad_position, UNIT, AXIS)
     live = inside
     label = tl.zeros([ROWS], tl.int64)
     true_mass = tl.zeros([ROWS], ACC)
@@ -323,7 +347,7 @@ def _forward_kernel(
         label, live, true_mass = _load_labels(
             target_ptr, weight_ptr, row, inside, classes, ignore_index, keep, WEIGHT, ACC
         )
-        true_at = logits_start + tl.where(label >= 0, label, 0) * logits_class
+        true_at = logits_start + tl.where(label >= 0, label, 0).to(tl.int64) * logits_class
         true_logit = tl.load(logits_ptr + true_at, mask=label >= 0, other=0.0).to(ACC)
 
     row_max = tl.full([ROWS], -float("inf"), ACC)
@@ -332,16 +356,39 @@ def _forward_kernel(
     mass = tl.zeros([ROWS], ACC)
     # Only where lanes run over classes: among positions, ignored ones would break up the vectors.
     read = tl.expand_dims(live if AXIS == 1 else inside, AXIS)
+    length = classes
+    if EDGE > 1:
+        # Rows of, say, 50257 classes begin anywhere between 16-byte words: their edges make a
+        # small block, and what follows sees the whole words as the row.
+        edge_c, edge, head, length = _edges(logits_start, classes, EDGE)
+        edge_mask = edge & read
+        edge_x = _load_logits(
+            logits_ptr, logits_start, logits_class, edge_c, edge_mask, EVICT, ACC, UNIT, AXIS
+        )
+        edge_q = _load_mass(
+            target_ptr, target_start, target_class, weight_ptr, edge_c, edge_mask, classes, keep, uniform,
+            LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
+        )  # fmt: skip
+        row_max, row_sum, dot, mass, edge_e = _add_block(
+            row_max, row_sum, dot, mass, edge_x, edge_q, edge_mask, MASS, AXIS
+        )
+        edge_label, edge_grad_start = label, grad_start
+        logits_start = _word_start(logits_start, EDGE)
+        grad_start = _word_start(grad_start, EDGE)
+        label -= tl.reshape(head, [ROWS])
+        if not LABELS:
+            target_start = _word_start(target_start, EDGE)
+        if WEIGHT:
+            weight_ptr += head
     if LOOP:
         for first in range(0, classes, BLOCK):
             c = _block_classes(first, BLOCK, AXIS)
-            mask = (c < classes) & read
-            # The second sweep wants these lines again.
+            mask = (c < length) & read
             x = _load_logits(
-                logits_ptr, logits_start, logits_class, c, mask, "evict_last", ACC, UNIT, AXIS
+                logits_ptr, logits_start, logits_class, c, mask, EVICT, ACC, UNIT, AXIS
             )
             q = _load_mass(
-                target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
+                target_ptr, target_start, target_class, weight_ptr, c, mask, length, keep, uniform,
                 LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
             )  # fmt: skip
             row_max, row_sum, dot, mass, e = _add_block(
@@ -349,12 +396,12 @@ def _forward_kernel(
             )
     else:
         c = _block_classes(0, BLOCK, AXIS)
-        mask = (c < classes) & read
+        mask = (c < length) & read
         x = _load_logits(
             logits_ptr, logits_start, logits_class, c, mask, "evict_first", ACC, UNIT, AXIS
         )
         q = _load_mass(
-            target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
+            target_ptr, target_start, target_class, weight_ptr, c, mask, length, keep, uniform,
             LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
         )  # fmt: skip
         row_max, row_sum, dot, mass, e = _add_block(
@@ -382,27 +429,35 @@ def _forward_kernel(
             up /= _divisor(_total_weight(parts_ptr, parts, rows, LABELS, PARTS), uniform)
         up = up.to(ACC)
         factor = mass / row_sum
-        grad_start = _starts(entry, position, grad_batch, grad_position, UNIT, AXIS)
+        if EDGE > 1:
+            edge_e = tl.exp(edge_x - tl.expand_dims(row_max, AXIS))
+            edge_g = _gradient(
+                edge_e, edge_q, edge_c, edge_label, true_mass, factor, up, live, LABELS, AXIS
+            )
+            edge_mask = edge & tl.expand_dims(inside, AXIS)
+            _store_gradient(
+                grad_ptr, edge_grad_start, grad_class, edge_c, edge_g, edge_mask, UNIT, AXIS
+            )
         if LOOP:
             blocks = tl.cdiv(classes, BLOCK)
             for i in range(blocks):
                 # Backwards: what was read last is the surest to be in cache.
                 c = _block_classes((blocks - 1 - i) * BLOCK, BLOCK, AXIS)
-                mask = (c < classes) & read
+                mask = (c < length) & read
                 x = _load_logits(
                     logits_ptr, logits_start, logits_class, c, mask, "evict_first", ACC, UNIT, AXIS
                 )
                 q = _load_mass(
-                    target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
+                    target_ptr, target_start, target_class, weight_ptr, c, mask, length, keep, uniform,
                     LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
                 )  # fmt: skip
                 e = tl.exp(x - tl.expand_dims(row_max, AXIS))
                 g = _gradient(e, q, c, label, true_mass, factor, up, live, LABELS, AXIS)
-                mask = (c < classes) & tl.expand_dims(inside, AXIS)
+                mask = (c < length) & tl.expand_dims(inside, AXIS)
                 _store_gradient(grad_ptr, grad_start, grad_class, c, g, mask, UNIT, AXIS)
         else:
             g = _gradient(e, q, c, label, true_mass, factor, up, live, LABELS, AXIS)
-            mask = (c < classes) & tl.expand_dims(inside, AXIS)
+            mask = (c < length) & tl.expand_dims(inside, AXIS)
             _store_gradient(grad_ptr, grad_start, grad_class, c, g, mask, UNIT, AXIS)
 
 
@@ -543,7 +598,7 @@ def _backward_kernel(
 # -- scaling ----------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _scale_kernel(
     grad_ptr,  # (count)
     grad_loss_ptr,  # 0-dim
@@ -554,12 +609,17 @@ def _scale_kernel(
     """A fixed number of programs, so that a factor of 1 costs an empty launch, whatever the size."""
     factor = tl.load(grad_loss_ptr).to(ACC)
     if factor != 1.0:
-        begin = tl.program_id(0).to(tl.int64) * BLOCK
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for first in range(begin, count, step):
-            at = first + tl.arange(0, BLOCK)
-            g = tl.load(grad_ptr + at, mask=at < count, other=0.0).to(ACC)
-            tl.store(grad_ptr + at, (factor * g).to(grad_ptr.dtype.element_ty), mask=at < count)
+        program = tl.program_id(0).to(tl.int64)
+        lane = tl.arange(0, BLOCK)
+        whole = count // BLOCK * BLOCK
+        for first in range(program * BLOCK, whole, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = grad_ptr + first + lane  # without a mask, so in vectors whatever the count
+            tl.store(at, (factor * tl.load(at).to(ACC)).to(grad_ptr.dtype.element_ty))
+        if program == 0:
+            at = grad_ptr + whole + lane
+            rest = tl.load(at, mask=lane < count - whole, other=0.0).to(ACC)
+            rest = (factor * rest).to(grad_ptr.dtype.element_ty)
+            tl.store(at, rest, mask=lane < count - whole)
 
 
 # -- plan -------------------------------------------------------------------------------------------
@@ -585,15 +645,18 @@ _SCALE_PROGRAMS = 2048
 _SCALE_BLOCK = 4096
 
 
-def _config(classes: int, class_axis: int, itemsize: int, dense: bool, recompute: bool) -> Config:
+def _config(
+    classes: int, class_axis: int, itemsize: int, dense: bool, recompute: bool, edges: bool = False
+) -> Config:
     """Block and warps of the forward (recompute: backward) kernel. No hardware has timed these.
 
     Args:
         classes: C.
-        class_axis: of a block: 1 where classes step through memory in smaller steps than rows.
+        class_axis: of a block: 1 where classes are contiguous, so that lanes run over them.
         itemsize: bytes of a logit.
         dense: every class carries target mass, so a block holds q next to x.
         recompute: no element outlives its block: small blocks, several programs an SM.
+        edges: rows do not begin and end with 16-byte words, which takes registers.
     """
     registers = (2 if itemsize == 8 else 1) * (2 if dense else 1)  # of one element
     block = max(triton.next_power_of_2(classes), _MIN_BLOCK)
@@ -602,15 +665,15 @@ def _config(classes: int, class_axis: int, itemsize: int, dense: bool, recompute
         rows = 128 // itemsize
         limit = 256 // registers
         if block > limit:
-            return Config(rows, 64 // registers, 4, True)
+            return Config(rows, 64 // registers, 8, True)
         rows = max(rows, min(2048 // block, 128))
         return Config(rows, block, _warps(rows * block, 32 if block > 64 else 16), False)
     # One program of 16 warps fills an SM: 128 registers a thread, 64 of them the row.
-    limit = 4096 if recompute else 32768 // registers
+    limit = 4096 if recompute else 32768 // registers // (2 if edges else 1)
     if block > limit:
         # Forward: 32 warps of 64 registers, so that one row an SM is in flight: 132 rows of 128k
         # bfloat16 are 34 MB, and the second sweep finds them in L2.
-        return Config(1, limit, 8, True) if recompute else Config(1, limit // 2, 32, True)
+        return Config(1, limit, 8, True) if recompute else Config(1, 16384 // registers, 32, True)
     rows = max(1, (1024 if block < 128 else 2048) // block)  # short rows share a program
     return Config(rows, block, _warps(rows * block, 16 if rows * block <= 8192 else 32), False)
 
@@ -626,6 +689,20 @@ def _unit(classes: int, positions: int, strides: list[_Strides], class_axis: int
     across = [s.position if class_axis == 1 else s.cls for s in strides]
     batch = [s.batch for s in strides]
     return math.gcd(8, classes if class_axis == 1 else positions, *across, *batch)
+
+
+_MIN_EDGE_CLASSES = 256  # where edges of up to 16 elements are little beside the row
+
+
+def _edge(classes: int, strides: list[_Strides], class_axis: int, itemsize: int, unit: int) -> int:
+    """Elements of the 16-byte words that rows begin and end between, in the same place of a word
+    in every tensor; 1 where rows are whole words anyway, or cannot be read as such.
+    """
+    word = 16 // itemsize
+    if class_axis == 0 or unit >= word or classes < _MIN_EDGE_CLASSES:
+        return 1
+    places = {(s.batch % word, s.position % word) for s in strides}
+    return word if len(places) == 1 and all(s.cls == 1 for s in strides) else 1
 
 
 # -- launchers --------------------------------------------------------------------------------------
@@ -653,6 +730,7 @@ class _Call:
         self.classes = self.shape[min(logits.dim() - 1, 1)]
         self.positions = self.shape[2:].numel()
         self.rows = self.row_shape.numel()
+        _check(self.classes <= 2**30, "logits may have at most 2^30 classes")
         self.labels = target.dtype == torch.int64
         if self.labels:
             _check(target.shape == self.row_shape, "target must have the shape of the loss")
@@ -690,8 +768,10 @@ class _Call:
     def scalar(self, dtype: torch.dtype) -> Tensor:
         return torch.empty((), dtype=dtype, device=self.logits.device)
 
-    def plan(self, grad: Tensor | None, recompute: bool) -> tuple[Config, int, dict[str, object]]:
-        """The configuration, the number of programs, and the arguments that follow from both."""
+    def plan(
+        self, grad: Tensor | None, recompute: bool
+    ) -> tuple[Config, int, int, dict[str, object]]:
+        """The configuration, `_edge`, the number of programs, and the arguments that follow."""
         strides = [self.logits_strides, self.target_strides]
         strides.append(_Strides(0, 0, 0) if grad is None else _viewed(grad)[1])
         positions = self.positions
@@ -700,16 +780,17 @@ class _Call:
             step = "batch" if positions == 1 else "position"
             strides = [s._replace(batch=0, position=getattr(s, step)) for s in strides]
             positions = self.rows
-        logits = strides[0]
-        class_axis = int(logits.cls <= max(logits.position, 1) or self.rows == 1)
         smoothing = self.uniform > 0
-        config = _config(
-            self.classes,
-            class_axis,
-            self.logits.dtype.itemsize,
-            dense=smoothing or not self.labels,
-            recompute=recompute,
-        )
+        itemsize = self.logits.dtype.itemsize
+        tensors = [self.logits, None if self.labels else self.target, grad]
+        used = [(t, s) for t, s in zip(tensors, strides, strict=True) if t is not None]
+        class_axis = int(self.classes == 1 or all(s.cls == 1 for _, s in used))
+        unit = _unit(self.classes, positions, strides, class_axis)
+        edge = 1
+        if not recompute and all(t.data_ptr() % 16 == 0 for t, _ in used):
+            edge = _edge(self.classes, [s for _, s in used], class_axis, itemsize, unit)
+        dense = smoothing or not self.labels
+        config = _config(self.classes, class_axis, itemsize, dense, recompute, edge > 1)
         in_entry = positions >= config.rows or positions == self.rows
         if in_entry:
             programs = self.rows // positions * triton.cdiv(positions, config.rows)
@@ -727,7 +808,7 @@ class _Call:
             "SMOOTHING": smoothing,
             "REDUCTION": self.reduction,
             "ACC": _TRITON[self.accumulate],
-            "UNIT": _unit(self.classes, positions, strides, class_axis),
+            "UNIT": unit,
             "AXIS": class_axis,
             "IN_ENTRY": in_entry,
             "ROWS": config.rows,
@@ -738,7 +819,7 @@ class _Call:
         for name, s in zip(("logits", "target", "grad"), strides, strict=True):
             arguments |= {f"{name}_batch": s.batch, f"{name}_class": s.cls}
             arguments[f"{name}_position"] = s.position
-        return config, programs, arguments
+        return config, edge, programs, arguments
 
     def total_weight_parts(self) -> Tensor | None:
         """What the mean divides by, in parts; None where that is the number of rows."""
@@ -848,7 +929,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss and the total weight."""
     _check(loss_dtype in _DTYPES, "the loss must be float32, float64, bfloat16 or float16")
-    config, programs, arguments = call.plan(grad_logits, recompute=False)
+    config, edge, programs, arguments = call.plan(grad_logits, recompute=False)
     with torch.cuda.device_of(call.logits):
         parts = call.total_weight_parts()
         total_weight = call.scalar(call.accumulate)
@@ -870,6 +951,7 @@ def _forward(
             parts=0 if parts is None else parts.numel(),
             GRADIENT=grad_logits is not None,
             LOOP=config.loop,
+            EDGE=edge,
             PARTS=_PARTS,
             **arguments,
         )
@@ -941,7 +1023,7 @@ def _backward(
     )
     if grad.numel() == 0:
         return grad
-    _, programs, arguments = call.plan(grad, recompute=True)
+    _, _, programs, arguments = call.plan(grad, recompute=True)
     with torch.cuda.device_of(call.logits):
         _backward_kernel[(programs,)](
             grad_loss.contiguous(),
