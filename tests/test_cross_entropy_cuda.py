@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -475,6 +477,7 @@ def test_dtypes(emulation: ctypes.CDLL, name: str, dtype: torch.dtype) -> None:
             check(emulation, device, logits, probabilities, **keywords)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(emulation: ctypes.CDLL, option: str) -> None:
     for shape, device in KERNELS.values():
@@ -502,6 +505,7 @@ def test_layouts(emulation: ctypes.CDLL, layout: Callable[[Tensor], Tensor]) -> 
             check(emulation, device, logits, offset(probabilities))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
 def test_layouts_with_positions(emulation: ctypes.CDLL, layout: Callable[[Tensor], Tensor]) -> None:
     logits = layout(make_logits((2, 19, 3, 5)))
@@ -519,6 +523,7 @@ def test_no_batch(emulation: ctypes.CDLL) -> None:
         check(emulation, H200, logits, make_probabilities(logits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", range(1, 41))
 def test_every_small_number_of_classes(emulation: ctypes.CDLL, classes: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -533,7 +538,7 @@ def test_every_tail(emulation: ctypes.CDLL, dtype: torch.dtype) -> None:
     """Every remainder of a vector, at the start and at the end of a row and of a slice."""
     for classes in range(129, 146):
         logits = make_logits((9, classes), dtype)
-        for device in (H200, tiny(900), tiny(900, False)):
+        for device in (H200, tiny(900), tiny(900, False))[:: 2 - classes % 2]:
             check_indices(emulation, device, logits, OPTIONS["plain"])
 
 
@@ -739,3 +744,101 @@ def test_bf16_vocabularies_stay_on_chip(emulation: ctypes.CDLL, classes: int, cl
     )
     assert (plan.kernel, plan.held, plan.cluster) == (ROWS, 1, cluster)
     assert 2 * (plan.shared_bytes + 1024) <= H200.shared_per_sm
+
+
+# -- what nvcc makes of it --------------------------------------------------------------------------
+
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+def newest_source() -> float:
+    sources = [*(ROOT / "csrc").rglob("*.h"), ROOT / "csrc/cuda/cross_entropy.cu"]
+    return max(path.stat().st_mtime for path in sources)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def cubin(request: pytest.FixtureRequest) -> Path:
+    """The kernels for one architecture, with the compiler's report beside them."""
+    library = ROOT / f"build/emulation/cross_entropy.{request.param}.cubin"
+    report = library.with_suffix(".report")
+    if report.exists() and min(p.stat().st_mtime for p in (library, report)) >= newest_source():
+        return library
+    include = Path(torch.__file__).parent / "include"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(
+        [
+            *(NVCC, "-std=c++17", "-O3", f"-arch={request.param}", "-cubin", "-Icsrc"),
+            *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+            *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),
+            *("-Werror", "all-warnings", "-Xptxas", "-v"),
+            *("csrc/cuda/cross_entropy.cu", "-o", str(library)),
+        ],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    report.write_text(result.stderr)
+    return library
+
+
+def demangled(text: str) -> str:
+    return (
+        subprocess.run(["c++filt"], input=text, check=True, capture_output=True, text=True)
+        .stdout.replace("fastopt::gpu::", "")
+        .replace("fastopt::", "")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_resources(cubin: Path) -> None:
+    """No spills, no local arrays, and the occupancy that the plan counts on."""
+    report = demangled(cubin.with_suffix(".report").read_text())
+    kernels = re.findall(
+        r"entry function 'void (\w+)<(.*?)>\(.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
+        r".*?Used (\d+) registers",
+        report,
+        re.DOTALL,
+    )
+    assert len(kernels) == 14 * 4 + 4 + 4  # 14 combinations of types and masses
+    for name, types, *numbers in kernels:
+        frame, spilled, registers = map(int, numbers)
+        what = (name, types, frame, spilled, registers)
+        # float32 probabilities beside half precision logits: on sm_80 one or two values that are
+        # used once a row do not fit, which costs less than a block fewer on every SM.
+        tolerated = 8 if re.match(r"(Half|BFloat16), float", types) and "sm_80" in cubin.name else 0
+        assert spilled <= tolerated and frame <= tolerated, what
+        if not types.startswith("double") and name != "cross_entropy_finish":
+            assert registers <= 64, what  # 1024 threads on an SM
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_memory_is_touched_in_words(cubin: Path) -> None:
+    """128 bits in every load and store of the kernels for contiguous classes."""
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    code = subprocess.run(
+        [str(cuobjdump), "-sass", str(cubin)], check=True, capture_output=True, text=True
+    ).stdout
+    functions = dict(
+        re.findall(
+            r"Function : void (.*?)\(.*?\n(.*?)(?=Function : |\Z)", demangled(code), re.DOTALL
+        )
+    )
+    rows = {name: body for name, body in functions.items() if name.startswith("cross_entropy_rows")}
+    assert len(rows) == 14 * 2
+    for name, body in rows.items():
+        held = name.endswith("true>")
+        load = r"LDGSTS\S*\.128" if held else r"LDG\.E\S*\.128"
+        assert re.search(load, body), (name, "loads")
+        assert re.search(r"STG\.E\S*\.128", body), (name, "stores")
+        if held:
+            assert re.search(r"LDS\S*\.128", body), (name, "loads from shared memory")
+    for name, body in functions.items():
+        if name.startswith("cross_entropy_scale"):
+            assert re.search(r"LDG\.E\S*\.128", body) and re.search(r"STG\.E\S*\.128", body), name
+        assert not re.search(r"\b(LD|ST)\.E\S*\.128", body), (name, "words of unknown memory")

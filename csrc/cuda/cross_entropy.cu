@@ -48,15 +48,21 @@ struct Launcher {
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
+    STD_CUDA_CHECK(cudaSetDevice(device));  // this library links a CUDA runtime of its own
   }
 
   template <class Params>
   void operator()(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_bytes,
                   int cluster, const Params& p) const {
-    constexpr int64_t kSharedWithoutAsking = 48 << 10;
-    if (shared_bytes > kSharedWithoutAsking)
+    // Kernels that hold rows: as many blocks on an SM as its shared memory takes, and no L1 beside
+    // them that the driver might prefer.
+    constexpr int64_t kHoldsRows = 8 << 10;
+    if (shared_bytes > kHoldsRows) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                          cudaSharedmemCarveoutMaxShared));
+    }
     cudaLaunchAttribute in_clusters{};
     in_clusters.id = cudaLaunchAttributeClusterDimension;
     in_clusters.val.clusterDim.x = cluster;
@@ -82,7 +88,8 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     p.weight = weight ? weight->const_data_ptr() : nullptr;
     p.mean = reduction == kMean;
     p.known_smoothing = smoothing;
-    p.known_weight = p.probabilities != nullptr ? static_cast<double>(rows) : 0.0;
+    const bool has_labels = target.scalar_type() == ScalarType::Long;
+    p.known_weight = has_labels ? 0.0 : static_cast<double>(rows);
   }
 
   Tensor empty_scalar(ScalarType type) const { return empty_strided({}, {}, type, place); }
