@@ -303,10 +303,10 @@ class SGD(torch.optim.SGD):
 
     Differences from torch.optim.SGD:
         - float32 and float64: none, bit for bit those of torch's for-loop on CPU (``foreach=False,
-          fused=False``) where both use the machine's fused multiply-add; GPUs always do, so their
-          bits are the CPU's.
+          fused=False``) where both use the machine's fused multiply-add. The GPU kernels always
+          do, in the same places.
         - bfloat16 and float16: computed in float32 and rounded once per stored value, where torch
-          rounds after every operation. The same bits on CPU with fused multiply-add and on GPU.
+          rounds after every operation.
         - on GPU, a GradScaler's step with ``fused=True`` leaves the gradients scaled in memory,
           where torch's leaves them unscaled.
         - on GPU, momentum given as a tensor creates buffers even while it is 0.
