@@ -277,23 +277,35 @@ class SGD(torch.optim.SGD):
         weight_decay (float or Tensor of one element): L2 penalty, coupled. Default: 0
         nesterov (bool): Nesterov momentum; needs momentum and no dampening. Default: False
         maximize (bool): ascend instead of descend. Default: False
-        foreach, fused (bool, optional): accepted for torch's sake. On CPU they change no result;
-            ``fused=True`` keeps torch's contract with GradScaler (the step unscales the gradients
-            itself) and its refusal of sparse and complex parameters. Default: None
+        foreach, fused (bool, optional): accepted for torch's sake. They change no result of the
+            kernels; ``fused=True`` keeps torch's contract with GradScaler (the step unscales the
+            gradients itself and is skipped on overflow) and its refusal of sparse and complex
+            parameters. Default: None
         differentiable (bool): let autograd see the step, which torch then computes. Default: False
 
-    Served by our kernels: dense CPU parameters of any shape in float32, float64, bfloat16 and
-    float16, mixed at will, whose gradient and momentum buffer have their dtype and memory order.
-    All else (other devices, sparse, complex, overlapping memory, tensor subclasses, tensors with a
-    gradient as options) takes torch's path, parameter by parameter.
+    Served by our kernels: dense parameters on CPU and, where a family of GPU kernels is available,
+    on CUDA and ROCm, of any shape in float32, float64, bfloat16 and float16, mixed at will, whose
+    gradient and momentum buffer have their dtype and memory order; on GPU also DTensors, by their
+    local shards. All else (other devices, sparse, complex, overlapping memory, tensor subclasses,
+    tensors with a gradient as options) takes torch's path, parameter by parameter.
+
+    On GPU a step never waits for the device. lr, momentum, dampening and weight_decay may be
+    tensors there, which the kernels read: a captured CUDA graph follows a scheduler that writes
+    into them. Any ``found_inf`` but 0 leaves parameters and state untouched; a parameter's first
+    step is the first that was not skipped, and checkpoints hold its buffer only from then on. (A
+    step does wait where torch's path takes a parameter under a GradScaler with ``fused=True``.)
 
     Differences from torch.optim.SGD:
-        - float32 and float64: none, bit for bit those of torch's for-loop (``foreach=False,
-          fused=False``) where both use the machine's fused multiply-add.
+        - float32 and float64: none, bit for bit those of torch's for-loop on CPU (``foreach=False,
+          fused=False``) where both use the machine's fused multiply-add. The GPU kernels always
+          do, in the same places.
         - bfloat16 and float16: computed in float32 and rounded once per stored value, where torch
           rounds after every operation.
-        - on CPU, parameters that torch's path takes are updated by its for-loop, whatever
-          ``foreach`` and ``fused`` say.
+        - on GPU, a GradScaler's step with ``fused=True`` leaves the gradients scaled in memory,
+          where torch's leaves them unscaled.
+        - on GPU, momentum given as a tensor creates buffers even while it is 0.
+        - parameters that torch's path takes are updated by its for-loop, whatever ``fused`` says;
+          on GPU by its foreach implementation if ``foreach=True`` asks for it.
 
     Raises:
         ValueError, TypeError, RuntimeError: as torch.optim.SGD.

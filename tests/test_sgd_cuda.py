@@ -531,8 +531,7 @@ def check_distributed_tensors(device: Device) -> None:
     """DTensors are updated shard by shard, beside plain tensors; buffers are DTensors (B10)."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
 
     def run(make: Any) -> list[Tensor]:
@@ -554,13 +553,16 @@ def check_distributed_tensors(device: Device) -> None:
         return [t.full_tensor() if isinstance(t, DTensor) else t for t in params + buffers]
 
     before = len(device.launched)
-    with device.in_place():
-        ours = run(fastopt.SGD)
-    assert [launch.rows[3::6].tolist() for launch in device.launched[before:]] == [
-        [21, 24, 24, 24]
-    ] * 3
-    for mine, theirs in zip(ours, run(for_loop), strict=True):
-        assert_same_bits(mine.detach(), theirs.detach())
+    try:
+        with device.in_place():
+            ours = run(fastopt.SGD)
+        theirs = run(for_loop)
+    finally:
+        dist.destroy_process_group()
+    sizes = [list(launch.rows[3::6]) for launch in device.launched[before:]]
+    assert sizes == [[21, 24, 24, 24]] * 3, "the kernels took all"
+    for mine, stock in zip(ours, theirs, strict=True):
+        assert_same_bits(mine.detach(), stock.detach())
 
 
 CASES: list[Callable[[Device], None]] = [

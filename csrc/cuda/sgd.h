@@ -91,6 +91,40 @@ struct SgdMath {
 #endif
 };
 
+// to_acc and from_acc, by the GPU's own instructions for half precision: the rules' bit arithmetic
+// would take more instructions an element than memory leaves time for (some 60 at 10 bytes each on
+// an H200). Same values; only the payload of a NaN differs.
+template <class T>
+FASTOPT_DEVICE Acc<T> widen(T x) {
+  return to_acc(x);
+}
+template <class T>
+FASTOPT_DEVICE T narrow(Acc<T> x) {
+  return from_acc<T>(x);
+}
+#if defined(__CUDA_ARCH__)
+template <>
+FASTOPT_DEVICE float widen(Half x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+template <>
+FASTOPT_DEVICE Half narrow<Half>(float x) {
+  Half half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
+  return half;
+}
+#if __CUDA_ARCH__ >= 800
+template <>
+FASTOPT_DEVICE BFloat16 narrow<BFloat16>(float x) {
+  BFloat16 half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
+  return half;
+}
+#endif
+#endif
+
 FASTOPT_DEVICE double read_option(const SgdDeviceGroup& group, SgdOption option) {
   const void* const address = group.options[option].address;
   switch (group.source[option]) {
@@ -117,9 +151,9 @@ struct SgdUpdate {
 
 template <Momentum kMomentum, class T>
 FASTOPT_DEVICE void update_element(T& param, T grad, T& buffer, const SgdUpdate<T>& update) {
-  Acc<T> p = to_acc(param);
-  Acc<T> g = to_acc(grad);
-  Acc<T> b = to_acc(buffer);
+  Acc<T> p = widen(param);
+  Acc<T> g = widen(grad);
+  Acc<T> b = widen(buffer);
   if (update.unscale) g *= update.inv_scale;
   if (update.maximize) g = -g;
   // Every thread of the block goes the same way, which costs nothing beside the memory.
@@ -135,8 +169,8 @@ FASTOPT_DEVICE void update_element(T& param, T grad, T& buffer, const SgdUpdate<
   } else {
     sgd_element<kMomentum, false, false, SgdMath>(p, g, b, update.options);
   }
-  if (kHasBuffer) buffer = from_acc<T>(b);
-  param = from_acc<T>(p);
+  if (kHasBuffer) buffer = narrow<T>(b);
+  param = narrow<T>(p);
 }
 
 template <class T>
