@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import gt, is_
+from operator import gt, is_, itemgetter
 from typing import Any
 
 import torch
@@ -27,7 +27,17 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from fastopt import ops
+from fastopt import ops, sgd_gather
+from fastopt.sgd_gather import (
+    GROUP_WORDS,
+    NEEDS_BUFFER,
+    OVERLAPPING,
+    READY,
+    ROW_WORDS,
+    TENSOR_OFFSET,
+    TORCH,
+    Gather,
+)
 
 DEVICE_TYPE = "cuda"  # ROCm's name as well
 
@@ -35,10 +45,11 @@ DEVICE_TYPE = "cuda"  # ROCm's name as well
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SOURCES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
 _SIZES = (4, 8, 2, 2)
-_ROW_WORDS = 6  # SgdRow
-_NO_ROW = (0,) * _ROW_WORDS
+_NO_ROW = (0,) * ROW_WORDS
 _GROUP_WORDS = 5  # SgdDeviceGroup
 _PLAIN = {Tensor, Parameter}
+_NUMBERS = {float, int, bool}
+_get_options = itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
@@ -46,7 +57,7 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 class Launch:
     """What the kernels are given. The words are those of csrc/cuda/sgd.h: SgdStep."""
 
-    rows: "array[int]"  # _ROW_WORDS per parameter
+    rows: "ctypes.Array[ctypes.c_int64]"  # ROW_WORDS per parameter
     groups: bytes  # _GROUP_WORDS per parameter group
     started: Tensor  # int32, one per parameter, and the count of blocks that are done
     grad_scale: Tensor | None
@@ -56,7 +67,7 @@ class Launch:
 
     @property
     def count(self) -> int:
-        return len(self.rows) // _ROW_WORDS
+        return len(self.rows) // ROW_WORDS
 
 
 class _Step(ctypes.Structure):
@@ -78,7 +89,7 @@ class _Step(ctypes.Structure):
 def c_step(launch: Launch, processors: int) -> _Step:
     started = launch.started.data_ptr()
     return _Step(
-        rows=launch.rows.buffer_info()[0],
+        rows=ctypes.addressof(launch.rows),
         count=launch.count,
         groups=launch.groups,
         group_count=len(launch.groups) // (8 * _GROUP_WORDS),
@@ -195,11 +206,23 @@ def _same_sharding(param: Any, other: Any) -> bool:
     )
 
 
+def _shard(param: Any, tensor: Any) -> Any:
+    """The memory of a tensor that goes with a parameter. None for None; something that gather does
+    not take for a tensor if the kernels cannot take it."""
+    if tensor is None:
+        return None
+    local = _local(tensor)
+    if local is None or _local(param) is None or not _same_sharding(param, tensor):
+        return ...
+    return local
+
+
 @dataclass
 class _Group:
     """A parameter group as the kernels see it."""
 
     packed: bytes = bytes(8 * _GROUP_WORDS)  # SgdDeviceGroup
+    numbers: tuple[float, ...] = (0.0,) * GROUP_WORDS  # SgdGroup, for gather's questions
     served: bool = False
     momentum: bool = False  # or perhaps: only the device knows
     fits_float: bool = False  # torch raises where a finite option exceeds float32
@@ -211,7 +234,8 @@ def _pack_group(group: dict[str, Any], device: torch.device, kept: list[Tensor])
     flags = group["nesterov"], group["maximize"]
     if any(isinstance(flag, Tensor) for flag in flags):
         return _Group()
-    words, sources, values = [], [], []
+    words, sources = [], []
+    values = dict.fromkeys(names, 0.0)  # of those that are known here
     for name, option in zip(names, options, strict=True):
         source = 0
         if isinstance(option, Tensor):
@@ -239,13 +263,24 @@ def _pack_group(group: dict[str, Any], device: torch.device, kept: list[Tensor])
                 words.append(struct.pack("=d", option))
             except (TypeError, struct.error, OverflowError):  # torch knows what to say
                 return _Group()
-            values.append(1 - float(option) if name == "dampening" else float(option))
+            values[name] = float(option)
         sources.append(source)
     return _Group(
         packed=b"".join(words) + bytes(sources) + bytes(map(bool, flags)) + b"\0\0",
         served=True,
+        numbers=(
+            values["lr"],
+            values["weight_decay"],
+            1.0 if sources[1] else values["momentum"],
+            values["dampening"],
+            *flags,
+            1.0,
+        ),
         momentum=bool(sources[1]) or options[1] != 0,
-        fits_float=not any(math.isfinite(v) and abs(v) > _FLOAT_MAX for v in values),
+        fits_float=not any(
+            math.isfinite(v) and abs(v) > _FLOAT_MAX
+            for v in (*values.values(), 1 - values["dampening"])
+        ),
     )
 
 
@@ -258,19 +293,31 @@ class DeviceStep:
     or made by torch, and holds a value.
     """
 
-    def __init__(self, device: torch.device, params: Sequence[Any]) -> None:
+    def __init__(
+        self, device: torch.device, params: Sequence[Any], group_of: Sequence[int]
+    ) -> None:
         self.device = device
         self.params = tuple(params)
         self.known: list[Any] = [None] * len(self.params)
         self.started = torch.zeros(len(self.params) + 1, dtype=torch.int32, device=device)
         self.unsure = False  # whether `known` may hold buffers that have not started
+        self.group_of = tuple(group_of)
+        self.options: tuple[Any, ...] = ()
+        self.plain = _PLAIN.issuperset(map(type, self.params))
+        self.reader: Gather | None = None
+        if TENSOR_OFFSET is not None:
+            self.reader = Gather(self.params, self.group_of, device, gather_only=True)
         self.written: list[tuple[int, int]] = []  # memory that a step writes
         self.begins: list[int] = []
         self.ends: list[int] = []
         self.shared = False
 
-    def holds(self, params: Sequence[Any]) -> bool:
-        return len(params) == len(self.params) and all(map(is_, params, self.params))
+    def holds(self, params: Sequence[Any], group_of: Sequence[int]) -> bool:
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and self.group_of == tuple(group_of)
+        )
 
     def adopt(self, other: "DeviceStep") -> None:
         """Take over what another knows of the same parameters."""
@@ -295,38 +342,83 @@ class DeviceStep:
         return left
 
     def gather(
-        self,
-        groups: list[dict[str, Any]],
-        group_of: Sequence[int],
-        grads: Sequence[Any],
-        buffers: Sequence[Any],
+        self, groups: list[dict[str, Any]], grads: tuple[Any, ...], buffers: tuple[Any, ...]
     ) -> list[int]:
         """Read the tensors of a step. Returns the places of those that torch's path must take."""
-        self.kept: list[Any] = []
-        packed = [_pack_group(group, self.device, self.kept) for group in groups]
-        self.groups = b"".join(group.packed for group in packed)
-        self.buffers = list(buffers)
-        self.ready: list[int] = []
+        self._read_options(groups)
+        self.buffers = buffers
+        if self.reader is None:
+            return self._gather_in_python(grads)
+        reader = self.reader
+        shards, made = self._shards(grads), self._shards(buffers)
+        if not self.plain:
+            reader.params = self._shards(self.params)
+            reader.table.params = sgd_gather.items(reader.params)
+        reader.table.groups = self.numbers.buffer_info()[0]
+        seen = reader.read(shards, made)
+        if seen & NEEDS_BUFFER and not seen & OVERLAPPING:
+            self.buffers = tuple(
+                self._new_buffer(grad) if verdict == NEEDS_BUFFER else buffer
+                for grad, buffer, verdict in zip(grads, buffers, reader.verdicts, strict=True)
+            )
+            made = self._shards(self.buffers)
+            seen = reader.read(shards, made)
+        self.rows = reader.rows
+        self.ready: Sequence[int] = range(len(self.params))
+        if seen == READY:
+            return []
+        if seen & OVERLAPPING:
+            self.ready = ()
+            return [i for i, grad in enumerate(grads) if grad is not None]
+        self.ready = [i for i, verdict in enumerate(reader.verdicts) if verdict == READY]
+        return [i for i, verdict in enumerate(reader.verdicts) if verdict == TORCH]
+
+    def _read_options(self, groups: list[dict[str, Any]]) -> None:
+        options = tuple(chain.from_iterable(map(_get_options, groups)))
+        if self.options and all(map(is_, options, self.options)):
+            return
+        self.kept: list[Tensor] = []
+        self.packed = [_pack_group(group, self.device, self.kept) for group in groups]
+        self.groups = b"".join(group.packed for group in self.packed)
+        self.numbers = array("d", chain.from_iterable(group.numbers for group in self.packed))
+        # A tensor, unlike a number, can change and stay the same object.
+        self.options = options if _NUMBERS.issuperset(map(type, options)) else ()
+
+    def _shards(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The memory of tensors that go with the parameters."""
+        return tensors if self.plain else tuple(map(_shard, self.params, tensors))
+
+    def _new_buffer(self, grad: Any) -> Any:
+        # In a graph zeros would be written anew in every replay. Nobody reads them: a first step
+        # only writes.
+        return (torch.empty_like if capturing(self.device) else torch.zeros_like)(grad)
+
+    def _gather_in_python(self, grads: Sequence[Any]) -> list[int]:
+        """As csrc/cpu/sgd.cpp, where it was not built."""
+        buffers = list(self.buffers)
+        ready: list[int] = []
         rows = [_NO_ROW] * len(self.params)
         left = []
-        for i, (param, grad, buffer) in enumerate(zip(self.params, grads, buffers, strict=True)):
+        for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             if grad is None:
                 continue
-            row = self._row(i, param, grad, buffer, group_of[i], packed[group_of[i]])
+            row = self._row(i, param, grad, buffers, self.group_of[i])
             if row is None:
                 left.append(i)
             else:
                 rows[i] = row
-                self.ready.append(i)
+                ready.append(i)
         if self._overlap(rows):
-            left, self.ready = sorted(left + self.ready), []
-        self.rows = array("q", chain.from_iterable(rows))
+            left, ready = sorted(left + ready), []
+        self.buffers, self.ready = tuple(buffers), ready
+        self.rows = (ctypes.c_int64 * (ROW_WORDS * len(rows)))(*chain.from_iterable(rows))
         return left
 
     def _row(
-        self, i: int, param: Any, grad: Any, buffer: Any, index: int, group: _Group
+        self, i: int, param: Any, grad: Any, buffers: list[Any], index: int
     ) -> tuple[int, ...] | None:
         """A parameter's SgdRow; None if the kernels do not serve it."""
+        group = self.packed[index]
         own, gradient = _local(param), _local(grad)
         if (
             not group.served
@@ -340,11 +432,9 @@ class DeviceStep:
             return None
         address = 0
         if group.momentum:
-            if buffer is None:
-                # In a graph zeros would be written anew in every replay. Nobody reads them: a
-                # first step only writes.
-                make = torch.empty_like if capturing(self.device) else torch.zeros_like
-                buffer = self.buffers[i] = make(grad)
+            if buffers[i] is None:
+                buffers[i] = self._new_buffer(grad)
+            buffer = buffers[i]
             momentum = _local(buffer)
             if momentum is None or not _same_sharding(param, buffer) or not _matches(own, momentum):
                 return None
@@ -390,7 +480,8 @@ class DeviceStep:
         """Enqueue the update of what gather found ready."""
         if not self.ready:
             return
-        created = self._settle(state)
+        known = len(self.ready) == len(self.params) and all(map(is_, self.buffers, self.known))
+        created = [] if known else self._settle(state)
         scale, inf = (
             None if t is None else t.to(self.device, torch.float32, non_blocking=True)
             for t in (grad_scale, found_inf)
@@ -400,9 +491,13 @@ class DeviceStep:
             state[self.params[i]]["momentum_buffer"] = self.buffers[i]
         if created and (inf is not None or self.kept or capturing(self.device)):
             self.unsure = True
-        changed = [self.params[i] for i in self.ready]
-        changed += [b for i in self.ready if (b := self.buffers[i]) is not None]
-        increment_version(changed + [t.to_local() for t in changed if type(t) not in _PLAIN])
+        changed = [*self.params, *self.buffers]
+        if len(self.ready) != len(self.params):
+            changed = [tensors[i] for tensors in (self.params, self.buffers) for i in self.ready]
+        changed = [tensor for tensor in changed if tensor is not None]
+        if not self.plain:
+            changed += [t.to_local() for t in changed if type(t) not in _PLAIN]
+        increment_version(changed)
 
     def _settle(self, state: dict[Any, dict[str, Any]]) -> list[int]:
         """Make `started` speak of this step's buffers. Returns the places of new ones."""

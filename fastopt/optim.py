@@ -11,10 +11,9 @@ What a step does, top to bottom:
 Parameters on a GPU go to gpu_step.py instead of gather and run.
 """
 
-import ctypes
 import functools
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -22,89 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn import Parameter
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
-from fastopt import gpu_step, ops
+from fastopt import gpu_step, ops, sgd_gather
 from fastopt.gpu_step import DeviceStep, Launch
+from fastopt.sgd_gather import (
+    DONE,
+    GROUP_WORDS,
+    NEEDS_BUFFER,
+    OVERLAPPING,
+    READY,
+    TENSOR_OFFSET,
+    TORCH,
+    Gather,
+)
 
-# gather's verdicts on a parameter (the last two: on the whole step); it returns their union.
-_READY, _NO_GRADIENT, _NEEDS_BUFFER, _TORCH, _OVERLAPPING, _DONE = 1, 2, 4, 8, 16, 32
-
-# Sizes in words of 8 bytes, asserted in csrc/cpu/sgd.cpp.
-_ROW_WORDS = 6  # SgdRow
-_SPAN_WORDS = 2  # Span
-_GROUP_WORDS = 7  # SgdGroup,
-_MOMENTUM = 2  # and where its momentum is
+_MOMENTUM = 2  # where it is in a SgdGroup
 
 _get_grad = attrgetter("grad")
 _get_params = itemgetter("params")
 _get_momentum_buffer = itemgetter("momentum_buffer")
-
-
-class _Table(ctypes.Structure):
-    """csrc/cpu/sgd.cpp: SgdTable."""
-
-    _fields_ = [
-        ("params", ctypes.c_void_p),
-        ("grads", ctypes.c_void_p),
-        ("momentum_buffers", ctypes.c_void_p),
-        ("group_of", ctypes.c_void_p),
-        ("groups", ctypes.c_void_p),
-        ("first_step", ctypes.c_char_p),
-        ("rows", ctypes.c_void_p),
-        ("verdicts", ctypes.c_void_p),
-        ("spans", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("type_offset", ctypes.c_int64),
-        ("tensor_offset", ctypes.c_int64),
-        ("tensor_type", ctypes.c_void_p),
-        ("parameter_type", ctypes.c_void_p),
-        ("none", ctypes.c_void_p),
-        ("inv_scale", ctypes.c_double),
-        ("unscale", ctypes.c_int64),
-        ("span_count", ctypes.c_int64),
-    ]
-
-
-# Where CPython keeps an object's type (last in its header) and the items of a tuple.
-_HEADER = object.__basicsize__
-_WORD = ctypes.sizeof(ctypes.c_void_p)
-
-
-def _items(objects: tuple[Any, ...]) -> int:
-    """The address of a tuple's items."""
-    return id(objects) + tuple.__basicsize__
-
-
-def _find_tensor_offset() -> int | None:
-    """Where a tensor object holds its C++ tensor: behind its header, in older torch behind a flag
-    as well. None if this Python or this torch lays its objects out in yet another way."""
-
-    def word(address: int) -> int | None:
-        return ctypes.c_void_p.from_address(address).value
-
-    tensors = (torch.empty(1), Parameter(torch.empty(1)), torch.empty(0))
-    for i, tensor in enumerate(tensors):
-        if word(_items(tensors) + i * _WORD) != id(tensor):
-            return None
-        if word(id(tensor) + _HEADER - _WORD) != id(type(tensor)):
-            return None
-    for offset in (_HEADER, _HEADER + _WORD):
-        if all(word(id(tensor) + offset) == tensor._cdata for tensor in tensors):
-            return offset
-    return None
-
-
-_TENSOR_OFFSET = _find_tensor_offset() if ops.CPU_LIBRARY is not None else None
-if _TENSOR_OFFSET is not None:
-    # gather reads Python's objects and keeps Python's lock; run lets go of it.
-    _gather = ctypes.PyDLL(str(ops.CPU_LIBRARY)).fastopt_sgd_gather_cpu
-    _run = ctypes.CDLL(str(ops.CPU_LIBRARY)).fastopt_sgd_run_cpu
-    for _function in (_gather, _run):
-        _function.argtypes = [ctypes.c_void_p]
-        _function.restype = ctypes.c_int64
 
 
 def _gpu_family() -> str | None:
@@ -129,12 +66,12 @@ def _is_plain_call() -> bool:
 
 def _kernels_apply() -> bool:
     """Whether the CPU kernels can be used."""
-    return _TENSOR_OFFSET is not None and _is_plain_call()
+    return TENSOR_OFFSET is not None and _is_plain_call()
 
 
 _get_options = itemgetter("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
 _NUMBERS = {float, int, bool}
-_NOT_SERVED = array("d", bytes(8 * _GROUP_WORDS))
+_NOT_SERVED = array("d", bytes(8 * GROUP_WORDS))
 
 
 def _group_row(group: dict[str, Any]) -> "array[float]":
@@ -186,27 +123,14 @@ class _Plan:
 
         # If so, gather has nothing to do: asked once, because it only ever saves time.
         self.on_gpu = all(map(_is_on_gpu, self.params))
+        self.by_device: dict[torch.device, list[int]] = {}
+        for i, param in enumerate(self.params if self.on_gpu else ()):
+            self.by_device.setdefault(param.device, []).append(i)
 
-        count = len(self.params)
         group_of = chain.from_iterable([i] * size for i, size in enumerate(self.sizes))
-        self.group_of = (ctypes.c_int32 * count)(*group_of)
-        self.verdicts = (ctypes.c_uint8 * count)()
-        self.rows = (ctypes.c_int64 * (count * _ROW_WORDS))()
-        self.spans = (ctypes.c_int64 * (count * 2 * _SPAN_WORDS))()
-        self.table = _Table(
-            params=_items(self.params),
-            group_of=ctypes.addressof(self.group_of),
-            rows=ctypes.addressof(self.rows),
-            verdicts=ctypes.addressof(self.verdicts),
-            spans=ctypes.addressof(self.spans),
-            count=count,
-            type_offset=_HEADER - _WORD,
-            tensor_offset=_TENSOR_OFFSET or 0,
-            tensor_type=id(Tensor),
-            parameter_type=id(Parameter),
-            none=id(None),
-        )
-        self.table_address = ctypes.addressof(self.table)
+        self.gather = Gather(self.params, list(group_of), torch.device("cpu"))
+        self.group_of = self.gather.group_of
+        self.verdicts = self.gather.verdicts
         self.options: tuple[Any, ...] = ()
 
     def read_options(self, groups: list[dict[str, Any]]) -> None:
@@ -214,8 +138,8 @@ class _Plan:
         if self.options and all(map(is_, options, self.options)):
             return
         self.group_rows = array("d", chain.from_iterable(map(_group_row, groups)))
-        self.table.groups = self.group_rows.buffer_info()[0]
-        momenta = self.group_rows[_MOMENTUM::_GROUP_WORDS]
+        self.gather.table.groups = self.group_rows.buffer_info()[0]
+        momenta = self.group_rows[_MOMENTUM::GROUP_WORDS]
         self.any_momentum, self.all_momentum = any(momenta), all(momenta)
         # A tensor, unlike a number, can change and stay the same object.
         self.options = options if _NUMBERS.issuperset(map(type, options)) else ()
@@ -330,12 +254,15 @@ class SGD(torch.optim.SGD):
         super().__init__(*args, **kwargs)
         # Room for what the device has to remember: a CUDA graph that captures the first step could
         # not keep it from one replay to the next.
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for param in chain.from_iterable(map(_get_params, self.param_groups)):
-            if _is_on_gpu(param) and _gpu_family() is not None:
-                by_device.setdefault(param.device, []).append(param)
-        for device, params in by_device.items():
-            self._device_step(device, params)
+        by_device: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
+        for index, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                if _is_on_gpu(param) and _gpu_family() is not None:
+                    params, group_of = by_device.setdefault(param.device, ([], []))
+                    params.append(param)
+                    group_of.append(index)
+        for device, (params, group_of) in by_device.items():
+            self._device_step(device, params, group_of)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -383,12 +310,14 @@ class SGD(torch.optim.SGD):
             if self.state.get(param, {}).get("momentum_buffer") is not None
         ]
 
-    def _device_step(self, device: torch.device, params: list[Tensor]) -> DeviceStep:
+    def _device_step(
+        self, device: torch.device, params: Sequence[Tensor], group_of: Sequence[int]
+    ) -> DeviceStep:
         if self._devices is None:
             self._devices = {}
         step = self._devices.get(device)
-        if step is None or not step.holds(params):
-            old, step = step, DeviceStep(device, params)
+        if step is None or not step.holds(params, group_of):
+            old, step = step, DeviceStep(device, params, group_of)
             if old is not None:
                 step.adopt(old)
             self._devices[device] = step
@@ -417,7 +346,7 @@ class SGD(torch.optim.SGD):
                 self._torch_step(group, group["params"], grad_scale=grad_scale, found_inf=found_inf)
             return loss
 
-        built = _TENSOR_OFFSET is not None or _gpu_family() is not None
+        built = TENSOR_OFFSET is not None or _gpu_family() is not None
         if built and _is_plain_call() and not self.defaults["differentiable"]:
             self._kernel_step(grad_scale, found_inf)
         elif not _overflowed(found_inf):
@@ -430,52 +359,47 @@ class SGD(torch.optim.SGD):
         groups, plan = self.param_groups, self._plan
         if plan is None or not plan.holds(groups, self.state):
             plan = self._plan = _Plan(groups, self.state)
-        if plan.on_gpu and plan.params or _TENSOR_OFFSET is None:
+        if plan.on_gpu and plan.params or TENSOR_OFFSET is None:
             self._gpu_step(plan, range(len(plan.params)), grad_scale, found_inf)
             return
         if _overflowed(found_inf):
             return
         inv_scale = _inv_scale(grad_scale)
         plan.read_options(groups)
-        params, table = plan.params, plan.table
+        params, gather = plan.params, plan.gather
         grads = tuple(map(_get_grad, params))
         buffers: tuple[Any, ...] = plan.momentum_buffers() if plan.any_momentum else ()
 
-        table.grads = _items(grads)
-        table.momentum_buffers = _items(buffers) if buffers else None
-        table.inv_scale = 1.0 if inv_scale is None else inv_scale
-        table.unscale = inv_scale is not None
-        seen = _OVERLAPPING if plan.inference else _gather(plan.table_address)
+        gather.table.inv_scale = 1.0 if inv_scale is None else inv_scale
+        gather.table.unscale = inv_scale is not None
+        seen = OVERLAPPING if plan.inference else gather.read(grads, buffers)
 
         first_step = b""
-        if seen & _NEEDS_BUFFER and not seen & _OVERLAPPING:
+        if seen & NEEDS_BUFFER and not seen & OVERLAPPING:
             # The kernel fills the new buffers. The state learns of them when it has.
-            first_step = bytes(verdict == _NEEDS_BUFFER for verdict in plan.verdicts)
+            first_step = bytes(verdict == NEEDS_BUFFER for verdict in plan.verdicts)
             buffers = tuple(
                 torch.empty_like(grad) if first else buffer
                 for grad, buffer, first in zip(grads, buffers, first_step, strict=True)
             )
-            table.momentum_buffers = _items(buffers)
-            table.first_step = first_step
-            seen = _gather(plan.table_address)
-            table.first_step = None
+            seen = gather.read(grads, buffers, first_step)
 
-        if seen & _OVERLAPPING:
+        if seen & OVERLAPPING:
             for group in groups:
                 self._torch_step(group, group["params"], inv_scale=inv_scale)
             return
-        if seen & _TORCH:
+        if seen & TORCH:
             left = [
                 i
                 for i, (param, verdict) in enumerate(zip(params, plan.verdicts, strict=True))
-                if verdict == _TORCH or _is_on_gpu(param)
+                if verdict == TORCH or _is_on_gpu(param)
             ]
             self._gpu_step(plan, left, grad_scale, None)
 
-        if seen != _DONE and _run(plan.table_address) != 0:
+        if seen != DONE and sgd_gather.run(gather.address) != 0:
             raise RuntimeError("fastopt.SGD: torch could not run the update in parallel")
-        if seen not in (_READY, _DONE):
-            ready = [verdict == _READY for verdict in plan.verdicts]
+        if seen not in (READY, DONE):
+            ready = [verdict == READY for verdict in plan.verdicts]
             params, grads, buffers = (tuple(compress(t, ready)) for t in (params, grads, buffers))
             first_step = bytes(compress(first_step, ready))
         for param, buffer, first in zip(params, buffers, first_step, strict=False):
@@ -496,25 +420,31 @@ class SGD(torch.optim.SGD):
     ) -> None:
         """Update some of the parameters: those on GPUs by the kernels there, all others by torch."""
         family = None if plan.inference else _gpu_family()
-        by_device: dict[torch.device, list[int]] = {}
         left: list[int] = []
-        for i in places:
-            param = plan.params[i]
-            if family is not None and _is_on_gpu(param):
-                by_device.setdefault(param.device, []).append(i)
-            else:
-                left.append(i)
-        buffers = plan.momentum_buffers() if by_device else ()
+        if family is not None and plan.on_gpu:
+            by_device = plan.by_device  # where they were; gather leaves what has moved to torch
+        else:
+            by_device = {}
+            for i in places:
+                param = plan.params[i]
+                if family is not None and _is_on_gpu(param):
+                    by_device.setdefault(param.device, []).append(i)
+                else:
+                    left.append(i)
+        grads = tuple(map(_get_grad, plan.params))
+        buffers = plan.momentum_buffers()
         steps = []
         for device, own in by_device.items():
-            step = self._device_step(device, [plan.params[i] for i in own])
-            steps.append(step)
-            not_served = step.gather(
-                self.param_groups,
-                [plan.group_of[i] for i in own],
-                [plan.params[i].grad for i in own],
-                [buffers[i] for i in own],
+            some = len(own) != len(plan.params)
+            params: tuple[Any, ...]
+            group_of: tuple[Any, ...]
+            params, group_of, own_grads, own_buffers = (
+                tuple(objects[i] for i in own) if some else tuple(objects)
+                for objects in (plan.params, plan.group_of, grads, buffers)
             )
+            step = self._device_step(device, params, group_of)
+            steps.append(step)
+            not_served = step.gather(self.param_groups, own_grads, own_buffers)
             left += [own[i] for i in not_served]
         if left and not _overflowed(found_inf):
             if by_device:
@@ -525,8 +455,8 @@ class SGD(torch.optim.SGD):
             by_group: dict[int, list[Tensor]] = {}
             for i in left:
                 by_group.setdefault(plan.group_of[i], []).append(plan.params[i])
-            for index, params in by_group.items():
-                self._torch_step(self.param_groups[index], params, inv_scale=inv_scale)
+            for index, members in by_group.items():
+                self._torch_step(self.param_groups[index], members, inv_scale=inv_scale)
         for step in steps:
             step.launch(_LAUNCHERS[family], self.state, grad_scale, found_inf)
 

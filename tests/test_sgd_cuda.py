@@ -448,6 +448,10 @@ def check_versions(device: Device) -> None:
         assert param.grad._version == 0
 
 
+class Subclass(Tensor):
+    """A tensor that might do anything."""
+
+
 def check_torchs_path(device: Device) -> None:
     """What the kernels do not serve is updated by torch, beside the others: other memory orders,
     gaps, sparse and complex tensors, shared memory. Gradients stay as they are (B7)."""
@@ -461,6 +465,7 @@ def check_torchs_path(device: Device) -> None:
             leaf(torch.complex(values(4), values(4, seed=1))),
             leaf(values((6, 5))),
             leaf(values((4, 4)).t()),
+            leaf(values(5).as_subclass(Subclass)),
         ]
         optimizer = make(params, lr=0.1, momentum=0.9, nesterov=True)
         history = []
@@ -471,6 +476,7 @@ def check_torchs_path(device: Device) -> None:
             params[3].grad = torch.complex(values(4, seed=step), values(4, seed=step + 1))
             params[4].grad = values((1, 5), seed=step).expand(6, 5)
             params[5].grad = values((4, 4), seed=step).t()
+            params[6].grad = values(5, seed=step).as_subclass(Subclass)
             kept = [p.grad.clone() for p in params]
             optimizer.step()
             for p, grad in zip(params, kept, strict=True):
@@ -615,8 +621,10 @@ def emulation() -> ctypes.CDLL:
     return loaded
 
 
-@pytest.fixture(params=["ascending", "descending"])
-def device(request: Any, emulation: ctypes.CDLL) -> Device:
+@pytest.fixture(params=["ascending", "descending", "without_compiled_gather"])
+def device(request: Any, emulation: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Device:
+    if request.param == "without_compiled_gather":
+        monkeypatch.setattr(gpu_step, "TENSOR_OFFSET", None)
     return emulated(emulation, descending=request.param == "descending")
 
 

@@ -2,6 +2,9 @@
 // addresses and decides what the kernels serve; `run` makes the step, in one parallel region for
 // all parameters of all groups, balanced by elements.
 //
+// GPUs use gather as well, for one device at a time (fastopt/gpu_step.py): it reads what torch
+// knows of a tensor, never its values.
+//
 // Host time is the whole cost of a step over many small tensors, and Python spends 60 ns on
 // every attribute it reads of a tensor. So Python hands over tuples, not addresses, and the
 // tensors are read here, at 30 ns for all that is asked of one, afresh in every step: nothing
@@ -59,6 +62,10 @@ struct SgdTable {
   int64_t unscale;
 
   int64_t span_count;  // -1: the spans overlap. Gather's own memory, like the rows: starts as 0
+
+  // The kernels' device (index -1: there is only one): tensors elsewhere are torch's.
+  int32_t device_type, device_index;
+  int64_t gather_only;  // the rows go to another device: update none here
 };
 
 static_assert(sizeof(SgdRow) == 48 && sizeof(SgdGroup) == 56 && sizeof(Span) == 16,
@@ -123,10 +130,10 @@ bool is_negated(AtenTensorHandle tensor) {
          torch::stable::detail::to<bool>(stack);
 }
 
-// Reads a tensor that the kernels can take: exactly a Tensor or Parameter, strided, on the CPU.
+// Reads a tensor that the kernels can take: exactly a Tensor or Parameter, strided, on the
+// kernels' device.
 bool view(const SgdTable& table, const char* object, TensorView& v) {
   static const int32_t strided = aoti_torch_layout_strided();
-  static const int32_t cpu = aoti_torch_device_type_cpu();
   const void* type;
   std::memcpy(&type, object + table.type_offset, sizeof(type));
   if (type != table.tensor_type && type != table.parameter_type) return false;
@@ -134,12 +141,17 @@ bool view(const SgdTable& table, const char* object, TensorView& v) {
   const auto tensor =
       reinterpret_cast<AtenTensorHandle>(const_cast<char*>(object + table.tensor_offset));
   int32_t layout = 0;
-  int32_t device = 0;
+  int32_t device_type = 0;
+  int32_t device_index = -1;
   int64_t* sizes = nullptr;
   int64_t* strides = nullptr;
   void* data = nullptr;
   if (aoti_torch_get_layout(tensor, &layout) != AOTI_TORCH_SUCCESS || layout != strided ||
-      aoti_torch_get_device_type(tensor, &device) != AOTI_TORCH_SUCCESS || device != cpu ||
+      aoti_torch_get_device_type(tensor, &device_type) != AOTI_TORCH_SUCCESS ||
+      device_type != table.device_type ||
+      (table.device_index >= 0 &&
+       (aoti_torch_get_device_index(tensor, &device_index) != AOTI_TORCH_SUCCESS ||
+        device_index != table.device_index)) ||
       aoti_torch_get_dtype(tensor, &v.dtype) != AOTI_TORCH_SUCCESS ||
       aoti_torch_get_numel(tensor, &v.numel) != AOTI_TORCH_SUCCESS ||
       aoti_torch_get_dim(tensor, &v.dim) != AOTI_TORCH_SUCCESS ||
@@ -307,7 +319,7 @@ fastopt_sgd_gather_cpu(fastopt::SgdTable* table) noexcept {
     overlapping = grad_overlaps(*table, table->rows[i]);
   }
   if (overlapping) return seen | kOverlapping;
-  if (seen == kReady && block <= kSerialBlocks) {
+  if (seen == kReady && block <= kSerialBlocks && table->gather_only == 0) {
     run_blocks(*table, 0, block);
     return kDone;
   }

@@ -9,6 +9,7 @@ rounding per stored value; the rule is csrc/rules/sgd.h's, multiply-add for mult
 
 # mypy: disable-error-code="no-untyped-def, import-not-found, import-untyped"
 from array import array
+from typing import Any
 
 import torch
 import triton
@@ -232,7 +233,7 @@ BLOCK, THREADS, PROGRAMS = 1024, 128, 4
 WARPS = THREADS // (64 if torch.version.hip else 32)
 
 
-def _config(rows: "array[int]", processors: int) -> tuple[int, int]:
+def _config(rows: Any, processors: int) -> tuple[int, int]:
     """Write into each row where its chunks begin. Returns the number of chunks and the grid."""
     chunks = 0
     for at in range(0, len(rows), 6):
@@ -262,7 +263,7 @@ def run(launch: Launch, processors: int) -> None:
     chunks, grid = _config(words, processors)
     if grid == 0:
         return
-    table = _to_device(words + array("q", launch.groups), launch.device)
+    table = _to_device(array("q", bytes(words) + launch.groups), launch.device)
     _sgd_kernel[(grid,)](
         table,
         launch.started,
