@@ -7,8 +7,8 @@ compilers are called directly, in parallel, for what changed. Environment:
 
     CXX                 compiler, g++ unless set (clang++ works too)
     CUDA_HOME           CUDA toolkit, /usr/local/cuda unless set
-    FASTOPT_CUDA_ARCHS  GPUs to compile for, "80 90 100" unless set; the last also as PTX, from
-                        which the driver compiles for newer ones
+    FASTOPT_CUDA_ARCHS  GPUs to compile for, in rising order, "80 90 100" unless set; the last also
+                        as PTX, from which the driver compiles for newer ones
     FASTOPT_BUILD       cpu: the CPU kernels must build, no CUDA kernels; cuda: both must build,
                         whatever torch is for. Warnings are then errors.
                         unset: say what cannot be built and why, and go on without it;
@@ -191,6 +191,7 @@ def build_cuda_library(strict: bool) -> Path:
     toolkit = find_cuda()
     archs = os.environ.get("FASTOPT_CUDA_ARCHS", "80 90 100").split()
     compiler = [str(toolkit / "bin/nvcc"), *NVCC_FLAGS, *torch.include]
+    compiler += [f'-DFASTOPT_CUDA_ARCHS="{" ".join(archs)}"']  # for csrc/cuda/library.cu
     compiler += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     compiler += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
     compiler += ["-Werror=all-warnings"] if strict else []

@@ -145,7 +145,10 @@ def _serves(
     cuda = logits.is_cuda
     if (
         not (
-            _ON_GPU and target.is_cuda and logits.device == target.device
+            _ON_GPU
+            and target.is_cuda
+            and logits.device == target.device
+            and ops.serves_gpu(logits.device.index)
             if cuda
             else _ON_CPU and logits.is_cpu and target.is_cpu
         )

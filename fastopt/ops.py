@@ -12,6 +12,7 @@ not be callable as torch.ops (see optim.py).
 """
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import os
@@ -123,6 +124,34 @@ def _why_not_triton() -> str | None:
 TRITON_ERROR = _why_not_triton()
 # The family of kernels that serves GPUs: cuda, triton, or None.
 GPU_FAMILY = "cuda" if CUDA_LIBRARY is not None else "triton" if TRITON_ERROR is None else None
+
+
+def has_code_for(capability: tuple[int, int], archs: list[int]) -> bool:
+    """Whether a library compiled for `archs` (80, 90, ...) runs on a GPU of this compute capability:
+    code runs on later minor versions, PTX (that of the last arch) on everything later.
+    """
+    major, minor = capability
+    own = 10 * major + minor
+    return own >= archs[-1] or any(arch // 10 == major and arch <= own for arch in archs)
+
+
+@functools.cache
+def _runs_on(index: int) -> bool:
+    if CUDA_LIBRARY is None:
+        return GPU_FAMILY is not None or BACKEND == "reference"
+    archs = ctypes.CDLL(str(CUDA_LIBRARY)).fastopt_cuda_archs
+    archs.restype = ctypes.c_char_p
+    return has_code_for(torch.cuda.get_device_capability(index), list(map(int, archs().split())))
+
+
+def serves_gpu(index: int) -> bool:
+    """Whether our kernels run on this GPU."""
+    return _runs_on(index)
+
+
+# A constant under torch.compile. torch.compiler.assume_constant_result does this and no more, but
+# imports Dynamo, and Triton with it.
+serves_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_launcher(name: str) -> Callable[..., Any]:

@@ -101,6 +101,14 @@ def _plain_number(option: Any) -> Any:
     return None
 
 
+def _is_served_gpu(device: torch.device) -> bool:
+    return (
+        device.type == gpu_step.DEVICE_TYPE
+        and _gpu_family() is not None
+        and ops.serves_gpu(device.index)
+    )
+
+
 def _is_on_gpu(param: Tensor) -> bool:
     return param.device.type == gpu_step.DEVICE_TYPE
 
@@ -122,7 +130,7 @@ class _Plan:
         )
 
         # If so, gather has nothing to do: asked once, because it only ever saves time.
-        self.on_gpu = all(map(_is_on_gpu, self.params))
+        self.on_gpu = all(_is_served_gpu(param.device) for param in self.params)
         self.by_device: dict[torch.device, list[int]] = {}
         for i, param in enumerate(self.params if self.on_gpu else ()):
             self.by_device.setdefault(param.device, []).append(i)
@@ -257,7 +265,7 @@ class SGD(torch.optim.SGD):
         by_device: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
-                if _is_on_gpu(param) and _gpu_family() is not None:
+                if _is_served_gpu(param.device):
                     params, group_of = by_device.setdefault(param.device, ([], []))
                     params.append(param)
                     group_of.append(index)
@@ -427,7 +435,7 @@ class SGD(torch.optim.SGD):
             by_device = {}
             for i in places:
                 param = plan.params[i]
-                if family is not None and _is_on_gpu(param):
+                if family is not None and _is_served_gpu(param.device):
                     by_device.setdefault(param.device, []).append(i)
                 else:
                     left.append(i)

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastopt import ops
 
 pytest.importorskip("triton")
 
@@ -54,6 +57,22 @@ assert scaled.eq(0.25).all()
 assert "fastopt.kernels.cross_entropy" in sys.modules
 print("all checked")
 """
+
+
+def test_a_library_serves_the_gpus_that_it_has_code_for() -> None:
+    archs = [80, 90, 100]
+    served = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+    assert all(ops.has_code_for(capability, archs) for capability in served)
+    assert not any(ops.has_code_for(capability, archs) for capability in [(7, 0), (7, 5)])
+    assert not ops.has_code_for((9, 0), [80, 100]) and not ops.has_code_for((8, 6), [90])
+
+
+def test_whether_a_gpu_is_served_is_a_constant_to_dynamo() -> None:
+    def double_if_served(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if ops.serves_gpu(0) else x
+
+    compiled = torch.compile(double_if_served, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(3)), double_if_served(torch.ones(3)))
 
 
 def test_the_face_reaches_the_triton_kernels() -> None:

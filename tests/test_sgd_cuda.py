@@ -28,7 +28,7 @@ from torch import Tensor
 
 import fastopt
 from accuracy import assert_as_accurate
-from fastopt import gpu_step, optim
+from fastopt import gpu_step, ops, optim
 from sgd_oracle import (
     DAMPED,
     DTYPES,
@@ -73,6 +73,7 @@ class Device:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gpu_step, "DEVICE_TYPE", "cpu")
             patch.setattr(optim, "_gpu_family", lambda: "tested")
+            patch.setattr(ops, "serves_gpu", lambda index: True)
             patch.setitem(optim._LAUNCHERS, "tested", self.launch)
             yield
 
