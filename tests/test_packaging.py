@@ -166,7 +166,7 @@ def members(wheel: Path) -> set[str]:
 
 def test_wheel_serves_every_python_and_holds_the_library(wheel: Path) -> None:
     assert wheel.name.endswith(f"-py3-none-{PLATFORM}.whl")
-    modules = {f"fastopt/{path.name}" for path in (ROOT / "fastopt").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastopt").rglob("*.py")}
     package = {name for name in members(wheel) if ".dist-info/" not in name}
     assert package == modules | {"fastopt/_C.so", "fastopt/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
@@ -174,6 +174,29 @@ def test_wheel_serves_every_python_and_holds_the_library(wheel: Path) -> None:
         lines = archive.read(metadata).decode().splitlines()
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
     assert {"Requires-Python: >=3.10", "Requires-Dist: torch>=2.10"} <= set(lines)
+
+
+@pytest.mark.skipif(not Path("/usr/local/cuda/bin/nvcc").exists(), reason="no CUDA toolkit")
+def test_a_wheel_with_cuda_parts(source: Path, tmp_path: Path) -> None:
+    wheel, _ = build(source, sys.executable, FASTOPT_BUILD="cuda", FASTOPT_CUDA_ARCHS="80 90")
+    assert wheel.name.endswith(f"-py3-none-{PLATFORM}.whl")
+    assert {"fastopt/_C.so", "fastopt/_CUDA.so"} <= members(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract("fastopt/_CUDA.so", tmp_path)
+    symbols = {
+        kind: set(
+            run(
+                "nm", "-D", f"--{kind}-only", "--format=just-symbols", library, cwd=tmp_path
+            ).split()
+        )
+        for kind in ("defined", "undefined")
+    }
+    entries = {"fastopt_cuda_archs", "fastopt_sgd_run_cuda"}
+    assert {name for name in symbols["defined"] if name.startswith("fastopt")} == entries
+    # torch by its stable C functions alone; no CUDA library, the runtime is linked in.
+    foreign = {name for name in symbols["undefined"] if "@" not in name and name[:2] != "__"}
+    stable = ("aoti_torch_", "torch_", "_ITM_")
+    assert not {name for name in foreign if not name.startswith(stable)}
 
 
 def test_installed_wheel_serves_both_faces(

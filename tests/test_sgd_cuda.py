@@ -692,6 +692,7 @@ def test_blocks_share_the_work(emulation: ctypes.CDLL) -> None:
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+@pytest.mark.slow  # nvcc does not run under the sanitizers' preloaded libraries
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_it_compiles_without_spills_and_with_wide_accesses(tmp_path: Path) -> None:
     library = tmp_path / "sgd.so"
