@@ -104,7 +104,7 @@ def c_step(launch: Launch, processors: int) -> _Step:
 @functools.cache
 def _cuda_run() -> Any:
     run = ctypes.CDLL(str(ops.CUDA_LIBRARY)).fastopt_sgd_run_cuda
-    run.argtypes = [ctypes.POINTER(_Step), ctypes.c_void_p]
+    run.argtypes = [ctypes.POINTER(_Step), ctypes.c_int, ctypes.c_void_p]
     run.restype = ctypes.c_char_p
     return run
 
@@ -119,7 +119,7 @@ def launch_cuda(launch: Launch) -> None:
     index = launch.device.index
     with torch.cuda.device(index):
         stream = torch.cuda.current_stream(index).cuda_stream
-        error = _cuda_run()(c_step(launch, _processors(index)), stream)
+        error = _cuda_run()(c_step(launch, _processors(index)), index, stream)
     if error is not None:
         raise RuntimeError(f"fastopt.SGD: CUDA refused the update: {error.decode()}")
 
