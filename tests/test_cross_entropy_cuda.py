@@ -41,6 +41,7 @@ from cross_entropy_cases import (
 from fastopt import reference
 
 ROOT = Path(__file__).parents[1]
+SANITIZE = os.environ.get("FASTOPT_SANITIZE") == "1"
 ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # -- the library ------------------------------------------------------------------------------------
@@ -87,16 +88,15 @@ PACKED, ROWS, STRIDED = range(3)
 @pytest.fixture(scope="session")
 def emulation() -> ctypes.CDLL:
     """The kernels compiled for the CPU; under FASTOPT_SANITIZE=1 with sanitizers."""
-    sanitize = os.environ.get("FASTOPT_SANITIZE") == "1"
     source = ROOT / "tests/emulation/cross_entropy.cpp"
-    name = "cross_entropy_sanitize.so" if sanitize else "cross_entropy.so"
+    name = "cross_entropy_sanitize.so" if SANITIZE else "cross_entropy.so"
     library = ROOT / "build/emulation" / name
     sources = [source, *(ROOT / "tests/emulation").glob("*.h"), *(ROOT / "csrc").rglob("*.h")]
     newest = max(path.stat().st_mtime for path in sources)
     if not library.exists() or library.stat().st_mtime < newest:
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}.tmp")
-        flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else []
+        flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZE else []
         subprocess.run(
             [
                 *("g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *flags),
@@ -297,6 +297,10 @@ def guarded_gradient(like: Tensor) -> Guarded:
 # -- the check --------------------------------------------------------------------------------------
 
 
+# Both orders of the threads touch the same memory: one is enough for the sanitizers.
+ORDERS = (False,) if SANITIZE else (False, True)
+
+
 def check(
     library: ctypes.CDLL, device: Device, logits: Tensor, target: Tensor, **keywords: object
 ) -> list[EmulatedPlan]:
@@ -311,12 +315,12 @@ def check(
         "weight": weight.to(accumulate_dtype(logits)) if isinstance(weight, Tensor) else None,
     }
     results, plans = [], []
-    for descending in (False, True):
+    for descending in ORDERS:
         emulation = Emulation(library, device, descending)
         results.append(run_all(emulation, logits, target, options))
         plans = emulation.plans
     for name, ours in results[0].items():
-        assert_same_bits(ours, results[1][name], f"{name} in the other order of threads")
+        assert_same_bits(ours, results[-1][name], f"{name} in the other order of threads")
     compare(results[0], logits, target, keywords)
     return plans
 
