@@ -221,7 +221,8 @@ class SGD(torch.optim.SGD):
     local shards. All else (other devices, sparse, complex, overlapping memory, tensor subclasses,
     tensors with a gradient as options) takes torch's path, parameter by parameter.
 
-    On GPU a step never waits for the device. lr, momentum, dampening and weight_decay may be
+    What follows about GPUs was tested on CPUs only so far (bench/results/LEDGER.md). On GPU a step
+    never waits for the device. lr, momentum, dampening and weight_decay may be
     tensors there, which the kernels read: a captured CUDA graph follows a scheduler that writes
     into them. Any ``found_inf`` but 0 leaves parameters and state untouched; a parameter's first
     step is the first that was not skipped, and checkpoints hold its buffer only from then on. (A
