@@ -31,14 +31,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fastopt")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    config.addinivalue_line(
-        "markers",
-        "crossover: which side serves a call by its size; runs only without FASTOPT_ALWAYS=1",
-    )
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under FASTOPT_ALWAYS=1 there is no crossover, so its tests belong to the other run; tests of
     a GPU to `make gpu-test`.
