@@ -7,6 +7,7 @@ device (see conftest.py).
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -142,6 +143,30 @@ def expanded_classes(logits: Tensor) -> Tensor:
 
 def expanded_positions(logits: Tensor) -> Tensor:
     return logits[..., :1].expand(logits.shape)
+
+
+def far_apart(values: Tensor, strides: Sequence[int]) -> Tensor:
+    """The same values, `strides` apart: gigabytes of which only the pages in use exist."""
+    steps = zip(values.shape, strides, strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in steps)
+    reserve_nothing = 0x4000  # MAP_NORESERVE, which the module does not name everywhere
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
+    memory = mmap.mmap(-1, elements * values.element_size(), flags=flags)
+    far = torch.frombuffer(memory, dtype=values.dtype).as_strided(values.shape, strides)
+    return far.copy_(values)
+
+
+# Shapes and strides, each below 2^31, that put elements more than 2^32 apart; whole 16-byte words,
+# so that the same values side by side give the same bits.
+FAR = 2**30 + 32
+FAR_APART: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "few-classes": ((6, 10), (FAR, 1)),
+    "many-classes": ((6, 712), (FAR, 1)),
+    "classes-last": ((1, 264, 6), (6 * FAR, 1, FAR)),
+    "classes": ((2, 6, 33), (64, FAR, 1)),
+    "entries": ((6, 5, 33), (FAR, 64, 1)),
+    "positions": ((2, 5, 6), (16, 32, FAR)),
+}
 
 
 LAYOUTS_2D: list[Callable[[Tensor], Tensor]] = [

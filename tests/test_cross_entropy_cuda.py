@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,14 +25,17 @@ from accuracy import assert_as_accurate, assert_same_bits
 from cross_entropy_cases import (
     DTYPES,
     EVERYTHING,
+    FAR_APART,
     LAYOUTS_2D,
     LAYOUTS_ND,
     OPTIONS,
     Options,
     class_dim,
+    classes_last,
     differentiate,
     dtype_name,
     exact,
+    far_apart,
     make_logits,
     make_probabilities,
     make_target,
@@ -221,6 +225,7 @@ class Emulation:
         return call
 
     def _run(self, call: EmulatedCall) -> None:
+        merge_positions(call)
         plan = EmulatedPlan()
         assert self.library.fastopt_plan(ctypes.byref(call), ctypes.byref(plan)) == 0
         self.plans.append(plan)
@@ -283,6 +288,16 @@ class Emulation:
         call.grad_strides[:] = view_strides(grad.tensor)
         self._run(call)
         return grad.check()
+
+
+def merge_positions(call: EmulatedCall) -> None:
+    """As csrc/host/cross_entropy_call.h: rows evenly spaced in every tensor are all batch."""
+    used = {"logits": True, "target": call.probabilities, "grad": call.grad}
+    strides = [getattr(call, f"{name}_strides") for name, there in used.items() if there]
+    if call.positions != 1 and all(batch == step * call.positions for batch, _, step in strides):
+        for of_tensor in strides:
+            of_tensor[0] = of_tensor[2]
+        call.batch, call.positions = call.batch * call.positions, 1
 
 
 def accumulate_dtype(logits: Tensor) -> torch.dtype:
@@ -518,6 +533,45 @@ def test_layouts_with_positions(emulation: ctypes.CDLL, layout: Callable[[Tensor
     check_indices(emulation, H200, logits, EVERYTHING)
     long = layout(make_logits((2, 137, 1, 5)))
     check_indices(emulation, H200, long, OPTIONS["plain"])
+
+
+@dataclass
+class FarGradient:
+    """In place of guarded_gradient."""
+
+    tensor: Tensor
+
+    def check(self) -> Tensor:
+        return self.tensor
+
+
+@pytest.mark.parametrize("device", [H200, tiny(900, False)], ids=["H200", "reads-twice"])
+@pytest.mark.parametrize("name", FAR_APART)
+def test_offsets_beyond_32_bits(
+    emulation: ctypes.CDLL, name: str, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elements far apart give the bits of the same elements side by side."""
+    shape, strides = FAR_APART[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        near = make_logits(shape, dtype)
+        probabilities = make_probabilities(near)
+        if strides[1] == 1:
+            near, probabilities = classes_last(near), classes_last(probabilities)
+        target, keywords = EVERYTHING.apply(near, make_target(near))
+        options = {**keywords, "weight": keywords["weight"].float()}
+        cases = [(target, target), (probabilities, far_apart(probabilities, strides))]
+        for near_target, far_target in cases:
+            expected = run_all(Emulation(emulation, device), near, near_target, options)
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    sys.modules[__name__],
+                    "guarded_gradient",
+                    lambda like: FarGradient(far_apart(torch.full_like(like, math.nan), strides)),
+                )
+                far = far_apart(near, strides)
+                ours = run_all(Emulation(emulation, device), far, far_target, options)
+            for what, value in expected.items():
+                assert_same_bits(ours[what], value, f"{what}, {dtype_name(dtype)}")
 
 
 def test_no_batch(emulation: ctypes.CDLL) -> None:

@@ -207,6 +207,39 @@ class TestInterpreted:
         check(logits, make_probabilities(logits, wide))
         check_options(cases.classes_last(make_logits((2, 259, 3), dtype)), EVERYTHING)
 
+    @pytest.mark.parametrize("name", cases.FAR_APART)
+    def test_offsets_beyond_32_bits(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Elements far apart give the bits of the same elements side by side."""
+        shape, strides = cases.FAR_APART[name]
+        near = make_logits(shape)
+        masses = make_probabilities(near)
+        if strides[1] == 1:
+            near, masses = cases.classes_last(near), cases.classes_last(masses)
+        labels = make_target(near)
+        far, far_masses = (cases.far_apart(x, strides) for x in (near, masses))
+
+        def run(logits: Tensor, target: Tensor) -> list[Tensor]:
+            arguments = (logits, target, make_weight(shape[1], logits.dtype), -100, 0.1)
+            loss, *kept = kernels.cross_entropy_forward(*arguments, NONE, logits.dtype)
+            upstream = random_upstream(loss)
+            results = [loss, kernels.cross_entropy_backward(upstream, *arguments, NONE, *kept)]
+            if target.is_floating_point():
+                results.append(
+                    kernels.cross_entropy_backward_target(upstream, *arguments, NONE, *kept)
+                )
+            both = kernels.cross_entropy_forward_backward(*arguments, MEAN, logits.dtype)
+            return [*results, *both]
+
+        expected = [run(near, target) for target in (labels, masses)]
+        monkeypatch.setattr(
+            reference,
+            "empty_gradient",
+            lambda like: cases.far_apart(torch.full_like(like, float("nan")), strides),
+        )
+        ours = [run(far, target) for target in (labels, far_masses)]
+        for mine, right in zip(itertools.chain(*ours), itertools.chain(*expected), strict=True):
+            assert_same_bits(mine, right)
+
     def test_a_label_at_every_place_of_an_edge(self) -> None:
         logits = make_logits((40, 259))
         ends = torch.cat([torch.arange(20), torch.arange(239, 259)])
