@@ -20,6 +20,13 @@ SANITIZE_TESTS := $(LEVEL_TESTS) $(foreach part,errors ops memory threads cuda, 
 GPU_PYTHON ?= python3
 FAMILIES ?= cuda triton
 OUT ?= bench/results
+GPU_PYTEST := $(GPU_PYTHON) -m pytest --quiet
+# make gpu INSTALLED=1: what pip has installed is tested and timed, not this checkout. (Python 3.11
+# and later know how to leave the current folder out of their path.)
+ifdef INSTALLED
+export PYTHONSAFEPATH := 1
+GPU_PYTEST += --override-ini=pythonpath=
+endif
 
 .PHONY: demo test bench build lint format sanitize wheel clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
@@ -77,15 +84,16 @@ wheel: .venv/.installed
 gpu: gpu-test gpu-sanitize gpu-bench
 
 gpu-build:
+ifndef INSTALLED
 	FASTOPT_BUILD=cuda $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+endif
 	$(GPU_PYTHON) -m fastopt
 
 gpu-test: gpu-build
 	for family in $(FAMILIES); do \
 	  echo "== $$family"; export FASTOPT_ALWAYS=1 FASTOPT_BACKEND=$$family; \
-	  $(GPU_PYTHON) -m pytest --quiet tests/test_gpu.py || exit 1; \
-	  FASTOPT_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest --quiet tests/test_cross_entropy.py \
-	    -m "not slow" || exit 1; \
+	  $(GPU_PYTEST) tests/test_gpu.py || exit 1; \
+	  FASTOPT_TEST_DEVICE=cuda $(GPU_PYTEST) tests/test_cross_entropy.py -m "not slow" || exit 1; \
 	done
 
 # Every allocation by itself, so that a step out of bounds leaves it. memcheck looks for that,
@@ -93,15 +101,16 @@ gpu-test: gpu-build
 gpu-sanitize: gpu-build
 	for tool in memcheck racecheck; do \
 	  FASTOPT_ALWAYS=1 FASTOPT_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest --quiet \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTEST) \
 	    tests/test_gpu.py -k "same_bits or out_of_range_give_nan or sgd_trains" || exit 1; \
 	done
 
 gpu-bench: gpu-build
 	for family in $(FAMILIES); do \
-	  FASTOPT_BACKEND=$$family $(GPU_PYTHON) -m pytest --quiet bench/bench_*.py --device=cuda \
+	  FASTOPT_BACKEND=$$family $(GPU_PYTEST) bench/bench_*.py --device=cuda \
 	    --benchmark-json=build/bench-$$family.json $(BENCH) && \
-	  $(GPU_PYTHON) bench/report.py build/bench-$$family.json --results $(OUT) || exit 1; \
+	  PYTHONSAFEPATH= $(GPU_PYTHON) bench/report.py build/bench-$$family.json --results $(OUT) \
+	    || exit 1; \
 	done
 
 clean:
