@@ -7,8 +7,8 @@ compilers are called directly, in parallel, for what changed. Environment:
 
     CXX                 compiler, g++ unless set (clang++ works too)
     CUDA_HOME           CUDA toolkit, /usr/local/cuda unless set
-    FASTOPT_CUDA_ARCHS  GPUs to compile for, in rising order, "80 90 100" unless set; the last also
-                        as PTX, from which the driver compiles for newer ones
+    FASTOPT_CUDA_ARCHS  GPUs to compile for, "80 90 100" unless set; the newest also as PTX, from
+                        which the driver compiles for newer ones
     FASTOPT_BUILD       cpu: the CPU kernels must build, no CUDA kernels; cuda: both must build,
                         whatever torch is for. Warnings are then errors.
                         unset: say what cannot be built and why, and go on without it;
@@ -141,6 +141,11 @@ def find_cuda() -> Path:
     raise CannotBuild(f"no CUDA toolkit was found in {toolkit}; CUDA_HOME names another place")
 
 
+def cuda_major(toolkit: Path) -> int:
+    version = re.search(r"#define CUDA_VERSION (\d+)", (toolkit / "include/cuda.h").read_text())
+    return int(version[1]) // 1000 if version else 0
+
+
 def cpu_units() -> Iterator[tuple[Path, str, list[str]]]:
     """(source, name of its object, flags) of every compiler call for the CPU library."""
     for source in sorted(Path("csrc/cpu").glob("*.cpp")):
@@ -189,9 +194,15 @@ def build_cuda_library(strict: bool) -> Path:
     if torch.cuda is None and not strict:
         raise CannotBuild(f"torch {torch.version} is not one for CUDA")
     toolkit = find_cuda()
-    archs = os.environ.get("FASTOPT_CUDA_ARCHS", "80 90 100").split()
+    if torch.cuda is not None and cuda_major(toolkit) > int(torch.cuda.split(".")[0]):
+        # We link a runtime of this toolkit; a driver that is new enough for torch may refuse it.
+        raise CannotBuild(
+            f"the CUDA toolkit in {toolkit} is of a later major version than torch's CUDA"
+            f" {torch.cuda}; CUDA_HOME names another"
+        )
+    archs = sorted(os.environ.get("FASTOPT_CUDA_ARCHS", "80 90 100").split(), key=int)
     compiler = [str(toolkit / "bin/nvcc"), *NVCC_FLAGS, *torch.include]
-    compiler += [f'-DFASTOPT_CUDA_ARCHS="{" ".join(archs)}"']  # for csrc/cuda/library.cu
+    compiler += [f'-DFASTOPT_CUDA_ARCHS="{" ".join(archs)}"', f"-DFASTOPT_PTX_ARCH={archs[-1]}"]
     compiler += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     compiler += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
     compiler += ["-Werror=all-warnings"] if strict else []

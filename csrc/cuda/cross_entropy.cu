@@ -29,11 +29,14 @@ const DeviceLimits& limits_of(int device) {
     int count = 0;
     STD_CUDA_CHECK(cudaGetDeviceCount(&count));
     std::vector<DeviceLimits> limits;
+    // The device and the code that runs there have to know clusters: code compiled for sm_80 takes
+    // every block for a cluster of its own, on later devices too.
+    constexpr bool kClustersInCode = FASTOPT_PTX_ARCH >= 90;
     for (int i = 0; i < count; ++i)
       limits.push_back({attribute(cudaDevAttrMultiProcessorCount, i),
                         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i),
                         attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, i),
-                        attribute(cudaDevAttrComputeCapabilityMajor, i) >= 9});
+                        kClustersInCode && attribute(cudaDevAttrComputeCapabilityMajor, i) >= 9});
     return limits;
   }();
   return all.at(device);
@@ -42,9 +45,10 @@ const DeviceLimits& limits_of(int device) {
 // Launches on the current stream of one device.
 struct Launcher {
   torch::stable::accelerator::DeviceGuard guard;
+  const DeviceLimits& limits;
   cudaStream_t stream;
 
-  explicit Launcher(int32_t device) : guard(device) {
+  explicit Launcher(int32_t device) : guard(device), limits(limits_of(device)) {
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
@@ -55,11 +59,12 @@ struct Launcher {
   void operator()(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_bytes,
                   int cluster, const Params& p) const {
     // Kernels that hold rows: as many blocks on an SM as its shared memory takes, and no L1 beside
-    // them that the driver might prefer.
+    // them that the driver might prefer. Always the device's most: another thread may be about to
+    // launch the same kernel with more.
     constexpr int64_t kHoldsRows = 8 << 10;
     if (shared_bytes > kHoldsRows) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
+                                          static_cast<int>(limits.shared_per_block)));
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                           cudaSharedmemCarveoutMaxShared));
     }
