@@ -137,20 +137,24 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+# What captured graphs read and write by address, and may replay after their optimizer is gone.
+captured: list[Any] = []
+
+
 def _dtensor(tensor: Any) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _local(tensor: Any) -> Tensor | None:
+def local(tensor: Any) -> Tensor | None:
     """The memory of a tensor: itself, or the local shard of a DTensor. None if there is more to
     it: other subclasses, shards that have yet to arrive."""
     if type(tensor) in _PLAIN:
         return tensor
     if _dtensor(tensor):
-        local = tensor.to_local()
-        if type(local) in _PLAIN:
-            return local
+        shard = tensor.to_local()
+        if type(shard) in _PLAIN:
+            return shard
     return None
 
 
@@ -211,10 +215,10 @@ def _shard(param: Any, tensor: Any) -> Any:
     not take for a tensor if the kernels cannot take it."""
     if tensor is None:
         return None
-    local = _local(tensor)
-    if local is None or _local(param) is None or not _same_sharding(param, tensor):
+    shard = local(tensor)
+    if shard is None or local(param) is None or not _same_sharding(param, tensor):
         return ...
-    return local
+    return shard
 
 
 @dataclass
@@ -273,7 +277,7 @@ def _pack_group(group: dict[str, Any], device: torch.device, kept: list[Tensor])
             values["weight_decay"],
             1.0 if sources[1] else values["momentum"],
             values["dampening"],
-            *flags,
+            *map(bool, flags),
             1.0,
         ),
         momentum=bool(sources[1]) or options[1] != 0,
@@ -289,8 +293,8 @@ class DeviceStep:
 
     Momentum buffers are torch's: created in the first step, one per parameter, in the optimizer's
     state. Whether one holds a value already is known on the device only (a step that overflowed has
-    left it alone), in `started`: it speaks of the buffers in `known`; any other buffer was loaded
-    or made by torch, and holds a value.
+    left it alone), in `started`: it speaks of the buffers in `known` (`...` is none); any other
+    buffer was loaded or made by torch, and holds a value.
     """
 
     def __init__(
@@ -299,7 +303,9 @@ class DeviceStep:
         self.device = device
         self.params = tuple(params)
         self.known: list[Any] = [None] * len(self.params)
-        self.started = torch.zeros(len(self.params) + 1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # it is written in every mode
+            self.started = torch.zeros(len(self.params) + 1, dtype=torch.int32, device=device)
+        self.stream: torch.cuda.Stream | None = None  # of the last step
         self.unsure = False  # whether `known` may hold buffers that have not started
         self.group_of = tuple(group_of)
         self.options: tuple[Any, ...] = ()
@@ -321,6 +327,7 @@ class DeviceStep:
 
     def adopt(self, other: "DeviceStep") -> None:
         """Take over what another knows of the same parameters."""
+        other.follow_last_step()
         places = {id(param): i for i, param in enumerate(other.params)}
         moves = [(i, i - places[id(p)]) for i, p in enumerate(self.params) if id(p) in places]
         for begin, end, shift in _runs(moves):
@@ -328,18 +335,41 @@ class DeviceStep:
             self.known[begin:end] = other.known[begin - shift : end - shift]
         self.unsure = other.unsure
 
-    def unstarted(self) -> list[Any]:
-        """The parameters whose known buffer holds no value yet. Waits for the device if need be."""
+    def follow_last_step(self) -> None:
+        """What is enqueued from now on comes after the last step, whatever stream that was on."""
+        if self.stream is not None and not capturing(self.device):
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def unstarted(self) -> list[tuple[Any, Any]]:
+        """The parameters whose known buffer holds no value yet, each with that buffer. Waits for
+        the device if need be."""
         if not self.unsure:
             return []
+        self.follow_last_step()
         started = self.started.tolist()
         left = [
-            param
+            (param, buffer)
             for param, buffer, flag in zip(self.params, self.known, started, strict=False)
-            if buffer is not None and not flag
+            if buffer is not None and buffer is not ... and not flag
         ]
         self.unsure = bool(left)
         return left
+
+    def expect(self, buffers: Sequence[Any]) -> None:
+        """Make `started` speak of buffers that are there already. In a step it would be too late if
+        a graph captures that: nothing of it runs before the first replay."""
+        loaded = []
+        for place, buffer in enumerate(buffers):
+            if buffer is not None and buffer is not self.known[place]:
+                loaded.append((place, 1))
+                self.known[place] = buffer
+        for begin, end, value in _runs(loaded):
+            self.started[begin:end].fill_(value)
+
+    def forget(self) -> None:
+        """torch's path has updated what gather left to it: those buffers are torch's now."""
+        for place in self.left:
+            self.known[place] = ...
 
     def gather(
         self, groups: list[dict[str, Any]], grads: tuple[Any, ...], buffers: tuple[Any, ...]
@@ -347,9 +377,16 @@ class DeviceStep:
         """Read the tensors of a step. Returns the places of those that torch's path must take."""
         self._read_options(groups)
         self.buffers = buffers
-        if self.reader is None:
-            return self._gather_in_python(grads)
-        reader = self.reader
+        self.left = (
+            self._gather_in_python(grads)
+            if self.reader is None
+            else self._gather_in_cpp(self.reader, grads, buffers)
+        )
+        return self.left
+
+    def _gather_in_cpp(
+        self, reader: Gather, grads: tuple[Any, ...], buffers: tuple[Any, ...]
+    ) -> list[int]:
         shards, made = self._shards(grads), self._shards(buffers)
         if not self.plain:
             reader.params = self._shards(self.params)
@@ -389,9 +426,17 @@ class DeviceStep:
         return tensors if self.plain else tuple(map(_shard, self.params, tensors))
 
     def _new_buffer(self, grad: Any) -> Any:
-        # In a graph zeros would be written anew in every replay. Nobody reads them: a first step
-        # only writes.
-        return (torch.empty_like if capturing(self.device) else torch.zeros_like)(grad)
+        if not capturing(self.device):
+            return torch.zeros_like(grad)
+        # A graph would write zeros anew in every replay, or the NaN of torch's deterministic mode.
+        # Nobody reads them: a first step only writes.
+        deterministic: Any = torch.utils.deterministic
+        fill = deterministic.fill_uninitialized_memory
+        deterministic.fill_uninitialized_memory = False
+        try:
+            return torch.empty_like(grad)
+        finally:
+            deterministic.fill_uninitialized_memory = fill
 
     def _gather_in_python(self, grads: Sequence[Any]) -> list[int]:
         """As csrc/cpu/sgd.cpp, where it was not built."""
@@ -419,7 +464,7 @@ class DeviceStep:
     ) -> tuple[int, ...] | None:
         """A parameter's SgdRow; None if the kernels do not serve it."""
         group = self.packed[index]
-        own, gradient = _local(param), _local(grad)
+        own, gradient = local(param), local(grad)
         if (
             not group.served
             or own is None
@@ -435,7 +480,7 @@ class DeviceStep:
             if buffers[i] is None:
                 buffers[i] = self._new_buffer(grad)
             buffer = buffers[i]
-            momentum = _local(buffer)
+            momentum = local(buffer)
             if momentum is None or not _same_sharding(param, buffer) or not _matches(own, momentum):
                 return None
             address = momentum.data_ptr()
@@ -487,6 +532,10 @@ class DeviceStep:
             for t in (grad_scale, found_inf)
         )
         run(Launch(self.rows, self.groups, self.started, scale, inf, self.device, self.kept))
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.current_stream(self.device)
+        if capturing(self.device):
+            captured.append((self.started, self.kept, scale, inf))
         for i in created:
             state[self.params[i]]["momentum_buffer"] = self.buffers[i]
         if created and (inf is not None or self.kept or capturing(self.device)):
@@ -510,9 +559,12 @@ class DeviceStep:
             is_new = state.get(self.params[i], {}).get("momentum_buffer") is not buffer
             if is_new:
                 created.append(i)
-            if not is_new or self.known[i] is not None:  # else `started` is 0 already
-                settled.append((i, int(not is_new)))
-            self.known[i] = buffer
+            # The kernels have nothing to write into an empty buffer, and never mark it.
+            holds = not is_new or buffer.numel() == 0
+            if holds or self.known[i] is not None:  # else `started` is 0 already
+                settled.append((i, int(holds)))
+            if is_new or not capturing(self.device):  # captured: not marked before a replay
+                self.known[i] = buffer
         for begin, end, value in _runs(settled):
             self.started[begin:end].fill_(value)
         return created

@@ -169,7 +169,9 @@ class _Plan:
 
 def _overflowed(found_inf: Tensor | None) -> bool:
     """Waits for the device."""
-    return found_inf is not None and found_inf.item() != 0  # the sum over devices: not only 1
+    if isinstance(found_inf, Tensor):
+        return found_inf.item() != 0  # the sum over devices: not only 1
+    return bool(found_inf)  # the sum over no gradient at all
 
 
 def _inv_scale(grad_scale: Tensor | None) -> float | None:
@@ -261,17 +263,32 @@ class SGD(torch.optim.SGD):
     @functools.wraps(torch.optim.SGD.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Room for what the device has to remember: a CUDA graph that captures the first step could
-        # not keep it from one replay to the next.
+        self._prepare()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self._devices is not None:  # torch's constructor comes here for each of its groups
+            self._prepare()
+
+    add_param_group.__doc__ = torch.optim.SGD.add_param_group.__doc__
+
+    def _prepare(self) -> None:
+        """Room for what devices have to remember from step to step, and what they have to know of
+        momentum buffers that are there. A CUDA graph that captures the next step could do neither.
+        """
+        if self._devices is None:
+            self._devices = {}
         by_device: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
-        for index, group in enumerate(self.param_groups):
+        for index, group in enumerate(self.param_groups if _is_plain_call() else ()):
             for param in group["params"]:
-                if _is_served_gpu(param.device):
+                if gpu_step.local(param) is not None and _is_served_gpu(param.device):
                     params, group_of = by_device.setdefault(param.device, ([], []))
                     params.append(param)
                     group_of.append(index)
         for device, (params, group_of) in by_device.items():
-            self._device_step(device, params, group_of)
+            if not gpu_step.capturing(device):
+                buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params]
+                self._device_step(device, params, group_of).expect(buffers)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -287,6 +304,7 @@ class SGD(torch.optim.SGD):
         super().__setstate__(state)
         self._plan = None  # load_state_dict comes here: let go of the old momentum buffers
         self._devices = None
+        self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         kept: dict[str, Any] = super().__getstate__()
@@ -315,9 +333,16 @@ class SGD(torch.optim.SGD):
         return [
             param
             for device in (self._devices or {}).values()
-            for param in device.unstarted()
-            if self.state.get(param, {}).get("momentum_buffer") is not None
+            for param, buffer in device.unstarted()
+            if self.state.get(param, {}).get("momentum_buffer") is buffer
         ]
+
+    def _drop_unstarted(self, params: Sequence[Tensor]) -> None:
+        """Before torch's path takes these parameters."""
+        taken = set(map(id, params))
+        for param in self._unstarted():
+            if id(param) in taken:
+                del self.state[param]["momentum_buffer"]
 
     def _device_step(
         self, device: torch.device, params: Sequence[Tensor], group_of: Sequence[int]
@@ -359,6 +384,7 @@ class SGD(torch.optim.SGD):
         if built and _is_plain_call() and not self.defaults["differentiable"]:
             self._kernel_step(grad_scale, found_inf)
         elif not _overflowed(found_inf):
+            self._drop_unstarted(list(chain.from_iterable(map(_get_params, self.param_groups))))
             inv_scale = _inv_scale(grad_scale)
             for group in self.param_groups:
                 self._torch_step(group, group["params"], inv_scale=inv_scale)
@@ -394,6 +420,7 @@ class SGD(torch.optim.SGD):
             seen = gather.read(grads, buffers, first_step)
 
         if seen & OVERLAPPING:
+            self._drop_unstarted(params)
             for group in groups:
                 self._torch_step(group, group["params"], inv_scale=inv_scale)
             return
@@ -456,16 +483,15 @@ class SGD(torch.optim.SGD):
             not_served = step.gather(self.param_groups, own_grads, own_buffers)
             left += [own[i] for i in not_served]
         if left and not _overflowed(found_inf):
-            if by_device:
-                for param in self._unstarted():
-                    if any(param is plan.params[i] for i in left):
-                        del self.state[param]["momentum_buffer"]
+            self._drop_unstarted([plan.params[i] for i in left])
             inv_scale = _inv_scale(grad_scale)
             by_group: dict[int, list[Tensor]] = {}
             for i in left:
                 by_group.setdefault(plan.group_of[i], []).append(plan.params[i])
             for index, members in by_group.items():
                 self._torch_step(self.param_groups[index], members, inv_scale=inv_scale)
+            for step in steps:
+                step.forget()
         for step in steps:
             step.launch(_LAUNCHERS[family], self.state, grad_scale, found_inf)
 

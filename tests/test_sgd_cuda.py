@@ -8,6 +8,7 @@ kernel in half precision.
 
 import copy
 import ctypes
+import gc
 import io
 import math
 import os
@@ -15,8 +16,9 @@ import pickle
 import re
 import shutil
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastopt
 from accuracy import assert_as_accurate
@@ -375,6 +378,136 @@ def check_replays(device: Device) -> None:
             assert_same_state(optimizer, reference, f"replay {step}")
 
 
+@contextmanager
+def capture(device: Device) -> Iterator[None]:
+    """As while a CUDA graph is captured: memory is taken, but nothing that is enqueued runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_step, "capturing", lambda _: True)
+        patch.setattr(device, "run", lambda launch: None)
+        for name in ("fill_", "copy_", "zero_"):
+            patch.setattr(Tensor, name, lambda tensor, *_: tensor)
+        yield
+
+
+def check_captures_after_a_change(device: Device) -> None:
+    """What a capture only records has not happened: loaded buffers and added groups are known
+    before, so that the step after a capture that nobody replays is right."""
+
+    def run(make: Any) -> list[Snapshot]:
+        history = []
+        for change in ("load", "add", "assign"):
+            loaded = {0: {"momentum_buffer": values(40, seed=5)}}
+            optimizer = make([leaf(values(40))], **DAMPED)
+            if change == "load":
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": loaded, "param_groups": groups})
+            elif change == "add":
+                train(optimizer, steps=1)
+                optimizer.add_param_group({"params": [leaf(values(9))]})
+            else:
+                optimizer.state[all_params(optimizer)[0]].update(loaded[0])
+            if make is fastopt.SGD:
+                set_grads(all_params(optimizer)[:1], seed=3)
+                with capture(device):
+                    optimizer.step()
+            history += train(optimizer, steps=2)
+        return history
+
+    device.check(run)
+
+
+def check_captured_memory(device: Device) -> None:
+    """What a graph addresses outlives the optimizer and its changes; a captured first step leaves
+    its buffer as it finds it."""
+    params = [leaf(values(40)), leaf(values(9))]
+    set_grads(params, seed=1)
+    filled = torch.are_deterministic_algorithms_enabled()
+    with device.in_place():
+        optimizer = fastopt.SGD(params[:1], lr=torch.tensor(0.1), momentum=0.9)
+        torch.use_deterministic_algorithms(True)
+        try:
+            with capture(device):
+                optimizer.step()
+        finally:
+            torch.use_deterministic_algorithms(filled)
+        assert not optimizer.state[params[0]]["momentum_buffer"].isnan().all()
+        started = weakref.ref(device.launched[-1].started)
+        optimizer.add_param_group({"params": params[1:]})
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        del optimizer
+        device.launched.clear()
+        gc.collect()
+        assert started() is not None
+    gpu_step.captured.clear()
+
+
+def check_buffers_that_others_made(device: Device) -> None:
+    """After a first step that overflowed, a buffer from torch's path or from the user is no longer
+    one that waits for its first value."""
+    for origin in ("torch", "user"):
+        param = leaf(values((4, 4)))
+        reference = for_loop([leaf(param)], **DAMPED)
+        with device.in_place():
+            optimizer = fastopt.SGD([param], **DAMPED, fused=True)
+            set_grads([param], seed=1)
+            amp_step(optimizer, 1.0, None)
+            if origin == "user":
+                for each in (optimizer, reference):
+                    of_param = each.state[all_params(each)[0]]
+                    of_param["momentum_buffer"] = values((4, 4), seed=8)
+                assert len(optimizer.state_dict()["state"]) == 1
+            for step in range(4):
+                grad = values((4, 4), seed=step)
+                for p in (param, *all_params(reference)):
+                    # In torch's path, which other strides lead to, and back.
+                    p.grad = grad.t() if origin == "torch" and step < 3 else grad.t().contiguous()
+                optimizer.step()
+                reference.step()
+                assert_same_state(optimizer, reference, f"{origin} step {step}")
+                assert len(optimizer.state_dict()["state"]) == 1
+
+
+def check_empty_parameters(device: Device) -> None:
+    """As uneven shards leave them: their buffers are in checkpoints from the first step on."""
+
+    def run(make: Any) -> list[Snapshot]:
+        lr = torch.tensor(0.1) if make is fastopt.SGD else torch.tensor(0.1).item()
+        optimizer = make([leaf(values(0)), leaf(values(3))], lr=lr, momentum=0.9)
+        history = train(optimizer, steps=2)
+        assert list(optimizer.state_dict()["state"]) == [0, 1]
+        return history
+
+    device.check(run)
+
+
+def check_unusual_options(device: Device) -> None:
+    def run(make: Any) -> list[Snapshot]:
+        history = []
+        for flags in ({"maximize": None}, {"nesterov": None}, {"maximize": 1}):
+            history += train(make([leaf(values(9))], lr=0.1, momentum=0.9, **flags))
+        param = leaf(values(9))
+        with torch.inference_mode():  # which no step is in
+            optimizer = make([param], **DAMPED)
+        history += train(optimizer, steps=1)
+        optimizer.state[all_params(optimizer)[0]]["momentum_buffer"] = values(9, seed=5)
+        return history + train(optimizer, steps=2)
+
+    device.check(run)
+
+
+def check_scaler_without_gradients(device: Device) -> None:
+    """GradScaler then says 0, not a tensor."""
+    for place in (device.in_place(), nullcontext()):  # there, and with the CPU's kernels
+        param = leaf(values(9))
+        with place:
+            optimizer = fastopt.SGD([param], **DAMPED, fused=True)
+            scaler = torch.amp.GradScaler("cpu")
+            scaler.scale(torch.ones(1))
+            scaler.step(optimizer)
+        assert_same_bits(param, leaf(values(9)))
+
+
 def check_checkpoints(device: Device) -> None:
     """States go from torch to fastopt and back in mid-training, as do copies; groups are added."""
 
@@ -581,6 +714,12 @@ CASES: list[Callable[[Device], None]] = [
     check_options_on_the_device,
     check_zero_on_the_device,
     check_replays,
+    check_captures_after_a_change,
+    check_captured_memory,
+    check_buffers_that_others_made,
+    check_empty_parameters,
+    check_unusual_options,
+    check_scaler_without_gradients,
     check_checkpoints,
     check_edits,
     check_versions,
@@ -726,6 +865,20 @@ def test_it_compiles_without_spills_and_with_wide_accesses(tmp_path: Path) -> No
         # Each of 4 dtypes reads 2, 2 and 3 arrays and writes 1, 2 and 2.
         loads, stores = (len(re.findall(rf"{op}\.E\S*\.128", sass)) for op in ("LDG", "STG"))
         assert loads >= 28 and stores >= 20, (sm, loads, stores)
+
+
+def test_parameters_without_memory(device: Device) -> None:
+    """Fake ones, as tools that trace a training make them: nothing is taken from a device."""
+    with device.in_place():
+        mode = FakeTensorMode()
+        with mode:
+            param = torch.nn.Parameter(torch.empty(3))
+            fastopt.SGD([param], lr=0.1, momentum=0.9)
+        optimizer = fastopt.SGD([param], lr=0.1, momentum=0.9)
+        with mode:
+            param.grad = torch.empty(3)
+            optimizer.step()
+    assert not device.launched
 
 
 def test_importing_fastopt_touches_neither_triton_nor_cuda() -> None:

@@ -7,11 +7,18 @@ extern "C" __attribute__((visibility("default"))) const char* fastopt_sgd_run_cu
     const fastopt::gpu::SgdStep* step, int device, cudaStream_t stream) noexcept {
   using namespace fastopt::gpu;
   // This library links a CUDA runtime of its own, which need not know of torch's choice.
-  const cudaError_t error = cudaSetDevice(device);
+  cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const bool launched = share_out(*step, [stream](const SgdShare& share, int64_t grid) {
-    sgd_kernel<<<static_cast<unsigned>(grid), kSgdThreads, kSgdSharedBytes, stream>>>(share);
-    return cudaPeekAtLastError() == cudaSuccess;
+  share_out(*step, [&](const SgdShare& share, int64_t grid) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(grid));
+    config.blockDim = dim3(kSgdThreads);
+    config.dynamicSmemBytes = kSgdSharedBytes;
+    config.stream = stream;
+    void* arguments[] = {const_cast<SgdShare*>(&share)};
+    // Says what became of this launch; the runtime's last error may be another call's.
+    error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(&sgd_kernel), arguments);
+    return error == cudaSuccess;
   });
-  return launched ? nullptr : cudaGetErrorString(cudaGetLastError());
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

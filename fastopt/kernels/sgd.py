@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastopt import gpu_step
 from fastopt.gpu_step import Launch
 
 # Words of the table: csrc/cpu/sgd.h, SgdRow; csrc/cuda/sgd.h, SgdDeviceGroup.
@@ -249,12 +250,9 @@ def _to_device(words: "array[int]", device: torch.device) -> Tensor:
     if device.type != "cuda":
         return table
     pinned = table.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)
+    if gpu_step.capturing(device):
+        gpu_step.captured.append(pinned)
     return pinned.to(device, non_blocking=True)
-
-
-_captured: list[Tensor] = []
 
 
 def run(launch: Launch, processors: int) -> None:
