@@ -408,13 +408,13 @@ def check_indices(
 # name: shape, device, and what the plan of the gradient in forward has to be, so that no branch is
 # left without its case when a constant changes.
 
+FEW_SMS = Device(1, 227 << 10, 228 << 10, True)
+
 BRANCHES: dict[str, tuple[tuple[int, int], Device, dict[str, int]]] = {
-    "packed-1-lane": ((700, 3), H200, {"kernel": PACKED, "lanes": 1}),
-    "packed-2-lanes": ((131, 5), H200, {"kernel": PACKED, "lanes": 2}),
-    "packed-4-lanes": ((67, 10), H200, {"kernel": PACKED, "lanes": 4}),
-    "packed-8-lanes": ((33, 32), H200, {"kernel": PACKED, "lanes": 8}),
-    "packed-16-lanes": ((17, 33), H200, {"kernel": PACKED, "lanes": 16}),
-    "packed-32-lanes": ((9, 127), H200, {"kernel": PACKED, "lanes": 32}),
+    "packed-rows-side-by-side": ((700, 3), H200, {"kernel": PACKED, "threads": 32}),
+    "packed-rows-of-words": ((301, 32), H200, {"kernel": PACKED, "threads": 32}),
+    "packed-many-rows-a-thread": ((701, 3), FEW_SMS, {"kernel": PACKED, "slice": 128 * 5}),
+    "packed-long-rows": ((70, 127), H200, {"kernel": PACKED, "threads": 32}),
     "warp-a-row": ((11, 131), H200, {"kernel": ROWS, "held": 1, "lanes": 32, "cluster": 1}),
     "block-a-row": ((3, 3001), H200, {"kernel": ROWS, "held": 1, "cluster": 1}),
     "cluster-of-2": ((3, 1501), tiny(4800), {"kernel": ROWS, "held": 1, "cluster": 2}),
@@ -473,6 +473,7 @@ def test_strided_classes(emulation: ctypes.CDLL, name: str) -> None:
 
 KERNELS: dict[str, tuple[tuple[int, ...], Device]] = {
     "packed": ((37, 10), H200),
+    "packed-words": ((37, 16), FEW_SMS),
     "warp": ((11, 263), H200),
     "block": ((3, 2345), H200),
     "cluster": ((3, 709), tiny(2600)),
@@ -785,8 +786,7 @@ def test_plans_are_legal(emulation: ctypes.CDLL, device: str) -> None:
                     assert plan.lanes == 32 or plan.lanes == plan.threads, what
                     assert plan.cluster == 1 or plan.lanes > 32, what
                 else:
-                    assert plan.kernel == PACKED and plan.lanes * 4 >= classes, what
-                    assert plan.lanes <= 32, what
+                    assert plan.kernel == PACKED and plan.slice % plan.threads == 0, what
 
 
 @pytest.mark.parametrize(
@@ -872,10 +872,7 @@ def test_resources(cubin: Path) -> None:
     for name, types, *numbers in kernels:
         frame, spilled, registers = map(int, numbers)
         what = (name, types, frame, spilled, registers)
-        # float32 probabilities beside half precision logits: on sm_80 one or two values that are
-        # used once a row do not fit, which costs less than a block fewer on every SM.
-        tolerated = 8 if re.match(r"(Half|BFloat16), float", types) and "sm_80" in cubin.name else 0
-        assert spilled <= tolerated and frame <= tolerated, what
+        assert spilled == 0 and frame == 0, what
         if not types.startswith("double") and name != "cross_entropy_finish":
             assert registers <= 64, what  # 1024 threads on an SM
 
@@ -903,7 +900,16 @@ def test_memory_is_touched_in_words(cubin: Path) -> None:
         assert re.search(r"STG\.E\S*\.128", body), (name, "stores")
         if held:
             assert re.search(r"LDS\S*\.128", body), (name, "loads from shared memory")
+    packed = [body for name, body in functions.items() if name.startswith("cross_entropy_packed")]
+    assert len(packed) == 14
+    for body in packed:  # a tile's way through shared memory
+        for step in ("LDGSTS", "LDS", "STS", r"STG\.E"):
+            assert re.search(rf"{step}\S*\.128", body), step
     for name, body in functions.items():
         if name.startswith("cross_entropy_scale"):
             assert re.search(r"LDG\.E\S*\.128", body) and re.search(r"STG\.E\S*\.128", body), name
-        assert not re.search(r"\b(LD|ST)\.E\S*\.128", body), (name, "words of unknown memory")
+        unknown = len(re.findall(r"\b(?:LD|ST)\.E\S*\.128", body))
+        # But for the statistics of up to 8 other blocks, four numbers each.
+        of_cluster = 8 * 4 * (8 if "<double" in name else 4) // 16
+        allowed = of_cluster if name in rows and "sm_80" not in cubin.name else 0
+        assert unknown <= allowed, (name, "words of unknown memory")

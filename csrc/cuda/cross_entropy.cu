@@ -90,6 +90,7 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
       : CrossEntropyCall(logits_in, target_in, weight_in, ignore_index, label_smoothing,
                          reduction_in) {
     check(logits.is_cuda(), "every tensor must be on one CUDA device");
+    check(p.classes <= gpu::kMaxClasses, "logits may have at most 2^30 classes");
     p.weight = weight ? weight->const_data_ptr() : nullptr;
     p.mean = reduction == kMean;
     p.known_smoothing = smoothing;

@@ -2,7 +2,8 @@
 // probability targets. The formula is in csrc/rules/softmax.h. Three ways through it, chosen by
 // cross_entropy_plan.h:
 //
-//   packed   few classes: up to 32 lanes share a row and keep it in registers.
+//   packed   few classes: a thread a row. A tile of rows passes through shared memory, there and
+//            back, so that memory is touched in whole words.
 //   rows     classes contiguous: a warp, a block or a cluster of blocks per row. Where the gradient
 //            follows the loss, the row waits for it in shared memory: one read and one write per
 //            logit. A row too long for that is read a second time.
@@ -11,9 +12,12 @@
 //
 // Before them `sums` adds up what the mean divides by, after them `finish` the losses: partial sums
 // in float64, each in an order that depends on nothing but shapes and device. Accumulation in
-// float32 (float64 for float64), one rounding at the store. Ignored rows are never read and get
-// gradient 0. A label out of range touches no memory: its loss and gradient are NaN.
+// float32 (float64 for float64), one rounding at the store. Ignored rows count for nothing,
+// whatever they hold, and get gradient 0. A label out of range touches no memory: its loss and
+// gradient are NaN.
 #pragma once
+
+#include <type_traits>
 
 #include "cross_entropy_plan.h"
 #include "primitives.h"
@@ -155,6 +159,22 @@ FASTOPT_DEVICE double sum_of_parts(const double* parts, int64_t count) {
   return sum_of_lanes(sum, kWarpSize);
 }
 
+// The elements of a word.
+template <class U>
+FASTOPT_DEVICE void unpack(const Words& words, Acc<U>* out) {
+  constexpr int kPer = sizeof(Words) / sizeof(U);
+  if constexpr (std::is_same_v<U, BFloat16>) {  // one instruction each
+    for (int k = 0; k < kPer; ++k) {
+      const uint32_t pair = words.word[k / 2];
+      out[k] = bit_cast<float>(k % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+    }
+  } else {
+    U some[kPer];
+    memcpy(some, &words, sizeof(words));
+    for (int k = 0; k < kPer; ++k) out[k] = to_acc(some[k]);
+  }
+}
+
 // n elements from p: whole 16-byte words where p is `aligned` to them.
 enum class Cache { keep, stream };  // whether they will be read again soon
 template <int n, Cache kCache, class U>
@@ -162,41 +182,57 @@ FASTOPT_DEVICE void load_some(const U* p, bool aligned, Acc<U>* out) {
   if constexpr (n * sizeof(U) % sizeof(Words) == 0) {
     if (aligned) {
       constexpr int kPer = sizeof(Words) / sizeof(U);
-      for (int i = 0; i < n; i += kPer) {
-        const Words words = kCache == Cache::keep ? load_words(p + i) : load_words_streaming(p + i);
-        U some[kPer];
-        memcpy(some, &words, sizeof(words));
-        for (int k = 0; k < kPer; ++k) out[i + k] = to_acc(some[k]);
-      }
+      for (int i = 0; i < n; i += kPer)
+        unpack<U>(kCache == Cache::keep ? load_words(p + i) : load_words_streaming(p + i), out + i);
       return;
     }
   }
   for (int i = 0; i < n; ++i) out[i] = to_acc(p[i]);
 }
+template <class U>
+FASTOPT_DEVICE Words pack(const Acc<U>* values) {
+  constexpr int kPer = sizeof(Words) / sizeof(U);
+  U some[kPer];
+  for (int k = 0; k < kPer; ++k) some[k] = from_acc<U>(values[k]);
+  Words words;
+  memcpy(&words, some, sizeof(words));
+  return words;
+}
 template <int n, class U>
 FASTOPT_DEVICE void store_some(U* p, const Acc<U>* values) {  // n > 1: p is aligned
   if constexpr (n * sizeof(U) % sizeof(Words) == 0) {
     constexpr int kPer = sizeof(Words) / sizeof(U);
-    for (int i = 0; i < n; i += kPer) {
-      U some[kPer];
-      for (int k = 0; k < kPer; ++k) some[k] = from_acc<U>(values[i + k]);
-      Words words;
-      memcpy(&words, some, sizeof(words));
-      store_words_streaming(p + i, words);
-    }
+    for (int i = 0; i < n; i += kPer) store_words_streaming(p + i, pack<U>(values + i));
   } else {
     for (int i = 0; i < n; ++i) p[i] = from_acc<U>(values[i]);
   }
+}
+// The same into shared memory.
+template <int n, class U>
+FASTOPT_DEVICE void keep_some(U* p, bool aligned, const Acc<U>* values) {
+  if constexpr (n * sizeof(U) % sizeof(Words) == 0) {
+    if (aligned) {
+      constexpr int kPer = sizeof(Words) / sizeof(U);
+      for (int i = 0; i < n; i += kPer) store_words(p + i, pack<U>(values + i));
+      return;
+    }
+  }
+  for (int i = 0; i < n; ++i) p[i] = from_acc<U>(values[i]);
 }
 
 FASTOPT_DEVICE bool is_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(Words) == 0;
 }
-// Elements before the first whole word.
+// Elements between the last whole word's end and p.
 template <class U>
-FASTOPT_DEVICE int64_t head_of(const U* p, int64_t count) {
-  const int64_t bytes = -reinterpret_cast<intptr_t>(p) & (sizeof(Words) - 1);
-  const int64_t head = bytes / static_cast<int64_t>(sizeof(U));
+FASTOPT_DEVICE int lead_of(const U* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % sizeof(Words) / sizeof(U));
+}
+// Elements before the first whole word.
+template <class U, class I>
+FASTOPT_DEVICE I head_of(const U* p, I count) {
+  const int bytes = static_cast<int>(-reinterpret_cast<intptr_t>(p) & (sizeof(Words) - 1));
+  const I head = bytes / static_cast<int>(sizeof(U));
   return head < count ? head : count;
 }
 
@@ -206,21 +242,20 @@ struct Shape {  // kVectors vectors of kSize elements each
 };
 
 // visit(Shape, first, step) for all of [0, count): this lane's share of vectors of kSize elements
-// that start behind `head`, up to kVectors of them at a time and `step` apart, and single elements
-// at both ends.
-template <int kSize, int kVectors, class F>
-FASTOPT_DEVICE void for_my_elements(int64_t count, int64_t head, int64_t lane, int64_t lanes,
-                                    const F& visit) {
-  if (lane < head) visit(Shape<1, 1>{}, lane, int64_t{0});
-  const int64_t step = lanes * kSize;
-  const int64_t end = head + (count - head) / kSize * kSize;
-  int64_t c = head + lane * kSize;
+// that start behind `head`, up to kVectors of them at a time and `step` apart, then single elements
+// at both ends: whoever waits for those has all vectors under way.
+template <int kSize, int kVectors, class I, class F>
+FASTOPT_DEVICE void for_my_elements(I count, I head, I lane, I lanes, const F& visit) {
+  const I step = lanes * kSize;
+  const I end = head + (count - head) / kSize * kSize;
+  I c = head + lane * kSize;
   if constexpr (kVectors > 1) {
     for (; c + (kVectors - 1) * step < end; c += kVectors * step)
       visit(Shape<kVectors, kSize>{}, c, step);
   }
   for (; c < end; c += step) visit(Shape<1, kSize>{}, c, step);
-  if (kSize > 1 && end + lane < count) visit(Shape<1, 1>{}, end + lane, int64_t{0});
+  if (lane < head) visit(Shape<1, 1>{}, lane, I{0});
+  if (kSize > 1 && end + lane < count) visit(Shape<1, 1>{}, end + lane, I{0});
 }
 
 // At the start of a block's shared memory.
@@ -246,9 +281,13 @@ struct CrossEntropy {
   using Stats = RowStats<A>;
   static constexpr bool kLabels = kIsClassIndex<TT>;
   static constexpr int kSize = static_cast<int>(sizeof(Words) / sizeof(T));
-  // Vectors of a lane under way at once: 64 bytes of accumulators, half of that where each has its
-  // mass beside it. More would not fit in the 64 registers that let 1024 threads share an SM.
-  static constexpr int kVectors = (kMass ? 32 : 64) / static_cast<int>(kSize * sizeof(A));
+  // Vectors of a lane that become accumulators together: 16 registers, half of that where each has
+  // its mass beside it. More would not fit in the 64 registers that let 1024 threads share an SM.
+  static constexpr int kTogether = (kMass ? 32 : 64) / static_cast<int>(kSize * sizeof(A));
+  // Vectors of a lane under way at once, as they lie in memory: with four, 64 KB of an SM's
+  // threads, where bandwidth times latency is some 40 KB on an H200. (With masses even two would
+  // spill.)
+  static constexpr int kVectors = kMass ? kTogether : 4;
 
   const CrossEntropyParams& p;
   const A* const weight = static_cast<const A*>(p.weight);
@@ -311,24 +350,27 @@ struct CrossEntropy {
   }
 
   struct Row {
-    int64_t y = -1;        // the label, where it counts and is in range
-    A true_logit = 0;      // x_y
+    int y = -1;            // the label, where it counts and is in range
+    T true_logit{};        // x_y, converted by whoever needs it: nobody waits for it before
     bool ignored = false;  // counts for nothing
     bool invalid = false;  // becomes NaN: its label is out of range
   };
-  FASTOPT_MEMBER Row row_at(int64_t r) const {
+  FASTOPT_MEMBER int64_t label_at(int64_t r) const {
+    if constexpr (kLabels) return r < rows() ? p.labels[r] : 0;
+    return 0;
+  }
+  FASTOPT_MEMBER Row row_of(int64_t label) const {
     Row row;
     if constexpr (kLabels) {
-      const int64_t y = p.labels[r];
-      row.ignored = y == p.ignore_index;
-      row.invalid = !row.ignored && (y < 0 || y >= p.classes);
-      if (!row.ignored && !row.invalid) {
-        row.y = y;
-        row.true_logit = to_acc(static_cast<const T*>(
-            p.logits)[offset(p.logits_strides, r) + y * p.logits_strides.cls]);
-      }
+      row.ignored = label == p.ignore_index;
+      const bool inside = 0 <= label && label < p.classes;
+      row.invalid = !row.ignored && !inside;
+      if (!row.ignored && inside) row.y = static_cast<int>(label);
     }
     return row;
+  }
+  FASTOPT_MEMBER void load_true_logit(Row& row, const T* logits) const {
+    if (row.y >= 0) row.true_logit = logits[row.y * p.logits_strides.cls];
   }
 
   // The true class's own mass (1 - e) w_y, and its q_y, which adds its share of the smoothing.
@@ -367,7 +409,12 @@ struct CrossEntropy {
     A max = stats.max;
     for (int i = 0; i < n; ++i) max = larger(x[i], max);
     stats = rebase(stats, max);
-    const A base = stats_base(max);
+    add_below_max<n>(stats, x, q);
+  }
+  // The same where stats.max is at least as large as any of them.
+  template <int n>
+  FASTOPT_MEMBER static void add_below_max(Stats& stats, A* x, const A* q) {
+    const A base = stats_base(stats.max);
     A dot = 0, mass = 0;
     for (int i = 0; i < n; ++i) {
       const A d = x[i] - base;
@@ -391,7 +438,7 @@ struct CrossEntropy {
     stats = fastopt::finish(stats);
     if constexpr (kLabels) {
       stats.mass = shared.smoothing_mass;  // the sweep's own sum has rounding errors
-      stats = add_true_class(stats, row.true_logit, true_mass(row.y));
+      stats = add_true_class(stats, to_acc(row.true_logit), true_mass(row.y));
     }
     if (row.invalid) stats.sum = not_a_number<A>();
     return stats;
@@ -429,7 +476,7 @@ struct CrossEntropy {
       if (p.target_gradient) g.log_sum = scalar_log(stats.sum);
     } else if (row.y >= 0) {
       // up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
-      const A softmax_mass = g.factor * exp_for<T>(row.true_logit - g.max);
+      const A softmax_mass = g.factor * exp_for<T>(to_acc(row.true_logit) - g.max);
       g.of_true = g.up * (softmax_mass - total_mass(row.y)) + (g.up - g.up);
     }
     return g;
@@ -462,80 +509,197 @@ struct CrossEntropy {
     static_cast<T*>(p.grad)[at] = from_acc<T>(value);
   }
 
-  // ---- packed ----
+  // ---- packed: a thread a row, p.slice rows a tile ----
+
+  // A tile's rows of one tensor in shared memory, `pitch` elements apart: so far that the threads'
+  // words lie in different banks where rows are whole words, else as in memory.
+  template <class U>
+  struct Tile {
+    U* rows;
+    int pitch;
+    bool words;  // rows are whole words, and begin with one
+  };
+  template <class U>
+  FASTOPT_MEMBER Tile<U> tile_of(char* memory, const U* first_row) const {
+    constexpr int kPer = static_cast<int>(sizeof(Words) / sizeof(U));
+    const int classes = static_cast<int>(p.classes);
+    const bool words = classes % kPer == 0;
+    return {reinterpret_cast<U*>(memory) + (words ? 0 : lead_of(first_row)),
+            words ? packed_pitch(classes, kPer) : classes, words};
+  }
+
+  // visit(row of the tile, class) for this thread's share of its rows, n classes at a time.
+  template <int n, class F>
+  FASTOPT_MEMBER void for_my_pieces(int rows, const F& visit) const {
+    const int pieces = static_cast<int>(p.classes) / n;
+    const int row_step = block_size() / pieces, piece_step = block_size() % pieces;
+    int row = thread_index() / pieces, piece = thread_index() % pieces;
+    while (row < rows) {
+      visit(row, piece * n);
+      row += row_step;
+      piece += piece_step;
+      if (piece >= pieces) {
+        piece -= pieces;
+        ++row;
+      }
+    }
+  }
+
+  // Moves a tile: copy(n, in the tile, in memory) for n elements at a time, whole words where both
+  // sides have them.
+  template <class U, class F>
+  FASTOPT_MEMBER void for_tile(const Tile<U>& tile, U* memory, const Strides& strides,
+                               int64_t first, int rows, const F& copy) const {
+    constexpr int kPer = static_cast<int>(sizeof(Words) / sizeof(U));
+    U* const start = memory + offset(strides, first);
+    const auto in_memory = [&](int row) { return memory + offset(strides, first + row); };
+    const int64_t step = p.positions == 1 ? strides.batch : 0;  // from row to row, where it is one
+    const bool aligned = is_aligned(start) && step * static_cast<int64_t>(sizeof(U)) % 16 == 0;
+    if (tile.words && step != 0 && aligned) {
+      for_my_pieces<kPer>(rows, [&](int row, int c) {
+        copy(Shape<1, kPer>{}, tile.rows + row * tile.pitch + c, start + row * step + c);
+      });
+    } else if (!tile.words && step == p.classes && lead_of(start) == lead_of(tile.rows)) {
+      const int count = rows * static_cast<int>(p.classes);
+      for_my_elements<kPer, 1>(
+          count, head_of(start, count), thread_index(), block_size(),
+          [&](auto shape, int c, int) { copy(shape, tile.rows + c, start + c); });
+    } else {
+      for_my_pieces<1>(rows, [&](int row, int c) {
+        copy(Shape<1, 1>{}, tile.rows + row * tile.pitch + c, in_memory(row) + c);
+      });
+    }
+  }
 
   FASTOPT_MEMBER void packed() {
     begin_block();
-    const int lane = thread_index() % p.lanes;
-    const int64_t tile_rows = block_size() / p.lanes;
-    for (int64_t first = block_index() * tile_rows; first < rows();
+    const int tile_rows = static_cast<int>(p.slice);
+    char* const x_memory = shared_memory() + block_shared_bytes(sizeof(A));
+    char* const t_memory = x_memory + packed_bytes(p.slice, p.classes, sizeof(T));
+    T* const logits = static_cast<T*>(const_cast<void*>(p.logits));
+    TT* const target = static_cast<TT*>(const_cast<void*>(p.probabilities));
+    const auto copy_in = [](auto shape, auto* to, const auto* from) {
+      copy_some<shape.count>(to, from, true);
+    };
+    const auto copy_out = [](auto shape, const auto* from, auto* to) {
+      if constexpr (shape.count > 1) {
+        store_words_streaming(to, load_words(from));
+      } else {
+        *to = *from;
+      }
+    };
+    for (int64_t first = static_cast<int64_t>(block_index()) * tile_rows; first < rows();
          first += grid_size() * tile_rows) {
-      // Lanes without a row come along: all 32 of a warp take part in shuffles.
-      const int64_t r = first + thread_index() / p.lanes;
-      packed_row(r < rows() ? r : rows() - 1, r < rows(), lane);
+      const int64_t left = rows() - first;
+      const int rows = static_cast<int>(left < tile_rows ? left : tile_rows);
+      const Tile<T> x = tile_of(x_memory, logits + offset(p.logits_strides, first));
+      for_tile(x, logits, p.logits_strides, first, rows, copy_in);
+      Tile<TT> t{};
+      if constexpr (!kLabels) {
+        t = tile_of(t_memory, target + offset(p.target_strides, first));
+        if (!p.target_gradient) for_tile(t, target, p.target_strides, first, rows, copy_in);
+      }
+      wait_for_copies();
+      sync_block();
+      for (int i = thread_index(); i < rows; i += block_size())
+        packed_row(first + i, x.rows + i * x.pitch, x.words, t.rows + i * t.pitch, t.words);
+      sync_block();
+      if (p.grad != nullptr) {
+        if constexpr (!kLabels) {
+          if (p.target_gradient)
+            for_tile(t, static_cast<TT*>(p.grad), p.grad_strides, first, rows, copy_out);
+        }
+        if (kLabels || !p.target_gradient)
+          for_tile(x, static_cast<T*>(p.grad), p.grad_strides, first, rows, copy_out);
+        sync_block();  // before the next tile comes in its place
+      }
     }
     end_block();
   }
 
-  FASTOPT_MEMBER void packed_row(int64_t r, bool live, int lane) {
-    const Row row = row_at(r);
-    const T* const logits = static_cast<const T*>(p.logits) + offset(p.logits_strides, r);
-    const TT* const target =
-        kLabels ? nullptr : static_cast<const TT*>(p.probabilities) + offset(p.target_strides, r);
-    A x[kPackedPerLane], q[kPackedPerLane];
+  // A row in shared memory: its gradient takes its place, or that of its target.
+  FASTOPT_MEMBER void packed_row(int64_t r, T* x, bool x_words, TT* t, bool t_words) {
+    const int64_t label = label_at(r);
+    const int classes = static_cast<int>(p.classes);
+    // visit(Shape, c): the vectors of the row, then what is left.
+    const auto for_classes = [&](const auto& visit) {
+      int c = 0;
+      for (; c + kSize <= classes; c += kSize) visit(Shape<1, kSize>{}, c);
+      for (; c < classes; ++c) visit(Shape<1, 1>{}, c);
+    };
+    const auto load = [&](auto shape, int c, A* values) {
+      load_some<shape.count, Cache::keep>(x + c, x_words, values);
+    };
+    const auto load_masses = [&](auto shape, int c, A* q) {
+      if constexpr (kMass)
+        masses<shape.count, Cache::keep>(t, c, t_words, weight, c, is_aligned(weight), q);
+    };
     Stats stats = empty_stats<A>();
-    for (int k = 0; k < kPackedPerLane; ++k) {
-      const int64_t c = lane + static_cast<int64_t>(k) * p.lanes;
-      const bool inside = c < p.classes && !row.ignored;
-      x[k] = inside ? to_acc(logits[c]) : -static_cast<A>(__builtin_inff());
-      q[k] = 0;
-      if constexpr (kMass) {
-        if (inside) masses<1, Cache::keep>(target, c, false, weight, c, false, &q[k]);
-      }
-      stats.max = larger(x[k], stats.max);
-    }
+    Row row;
     if (!p.recompute) {
-      stats.max = max_of_lanes(stats.max, p.lanes);
-      const A base = stats_base(stats.max);
-      for (int k = 0; k < kPackedPerLane; ++k) {
-        const bool inside = lane + static_cast<int64_t>(k) * p.lanes < p.classes && !row.ignored;
-        const A d = x[k] - base;
-        stats.sum += exp_for<T>(d);
-        if (kMass && inside) {
-          stats.dot += q[k] * d;
-          stats.mass += q[k];
-        }
-      }
-      stats = complete(sum_of_lanes<kMass>(stats, p.lanes), row);
-      if (live && lane == 0) write_results(r, row, stats);
+      for_classes([&](auto shape, int c) {
+        A values[shape.count];
+        load(shape, c, values);
+        for (int k = 0; k < shape.count; ++k) stats.max = larger(values[k], stats.max);
+      });
+      for_classes([&](auto shape, int c) {
+        A values[shape.count], q[shape.count] = {};
+        load(shape, c, values);
+        load_masses(shape, c, q);
+        add_below_max<shape.count>(stats, values, q);
+      });
+      row = row_of(label);  // not before: the label has had time to arrive
+      if (row.y >= 0) row.true_logit = x[row.y];
+      stats = complete(stats, row);
+      write_results(r, row, stats);
     } else {
       A mass = 0;
       if constexpr (!kLabels) {
-        for (int k = 0; k < kPackedPerLane; ++k) mass += q[k];
-        mass = sum_of_lanes(mass, p.lanes);
+        if (!p.target_gradient) {
+          for_classes([&](auto shape, int c) {
+            A q[shape.count];
+            load_masses(shape, c, q);
+            for (int k = 0; k < shape.count; ++k) mass += q[k];
+          });
+        }
       }
+      row = row_of(label);
+      if (row.y >= 0) row.true_logit = x[row.y];
       stats = recall(r, row, mass);
     }
-    if (!live || p.grad == nullptr) return;
+    if (p.grad == nullptr) return;
     const Gradient g = gradient_of(r, row, stats);
-    const int64_t at = offset(p.grad_strides, r);
-    for (int k = 0; k < kPackedPerLane; ++k) {
-      const int64_t c = lane + static_cast<int64_t>(k) * p.lanes;
-      if (c >= p.classes) break;
-      write_one(at + c, any_gradient(g, row, x[k], q[k], c));
+    if constexpr (!kLabels) {
+      if (p.target_gradient) {
+        return for_classes([&](auto shape, int c) {
+          A values[shape.count];
+          load(shape, c, values);
+          for (int k = 0; k < shape.count; ++k) values[k] = target_gradient(g, values[k], c + k);
+          keep_some<shape.count>(t + c, t_words, values);
+        });
+      }
     }
+    for_classes([&](auto shape, int c) {
+      A values[shape.count], q[shape.count] = {};
+      load(shape, c, values);
+      load_masses(shape, c, q);
+      for (int k = 0; k < shape.count; ++k)
+        values[k] = row.ignored ? A(0) : logit_gradient(g, values[k], q[k]);
+      keep_some<shape.count>(x + c, x_words, values);
+    });
+    if (row.y >= 0) x[row.y] = from_acc<T>(g.of_true);
   }
 
   // ---- rows: a warp, a block or a cluster of blocks per row ----
 
   // This block's classes of a row, in memory and, where held, in shared memory.
   struct Slice {
-    int64_t begin, count;
+    int begin, count;
     const T* x;
     const TT* t;
     bool t_aligned, w_aligned;  // wherever x is
     const A* w;                 // weights from `begin` on, or null
-    int64_t head;               // classes before x is aligned
+    int head;                   // classes before x is aligned
   };
 
   FASTOPT_MEMBER bool shares_block() const { return p.lanes > kWarpSize; }
@@ -560,9 +724,12 @@ struct CrossEntropy {
     char* const held =
         shared_memory() + block_shared_bytes(sizeof(A)) + group * (x_bytes + t_bytes);
 
-    for (int64_t r = block_index() / p.cluster * groups + group; r < rows();
-         r += grid_size() / p.cluster * groups) {
-      const Row row = row_at(r);
+    const int64_t step = grid_size() / p.cluster * groups;
+    int64_t r = block_index() / p.cluster * groups + group;
+    int64_t label = label_at(r);
+    for (; r < rows(); r += step) {
+      Row row = row_of(label);
+      label = label_at(r + step);  // the next row's, a row's time ahead
       const Slice read = slice_at(r, rank);
       const Slice slice = kHeld ? held_slice(read, held, held + x_bytes) : read;
       Stats stats{};
@@ -571,11 +738,14 @@ struct CrossEntropy {
         if constexpr (!kLabels) {
           if (!p.target_gradient) mass = mass_of(slice, lane);
         }
+        load_true_logit(row, row_start(r));
         stats = recall(r, row, mass);
       } else {
         if (!row.ignored) {
           if constexpr (kHeld) hold(read, slice, lane);
-          stats = merge(sweep<kHeld>(slice, lane));
+          load_true_logit(row, row_start(r));
+          if constexpr (kHeld) wait_for_copies();
+          stats = merge(sweep(slice, lane));
         }
         stats = complete(stats, row);
         if (lane == 0 && rank == 0) write_results(r, row, stats);
@@ -598,11 +768,16 @@ struct CrossEntropy {
     end_block();
   }
 
+  FASTOPT_MEMBER const T* row_start(int64_t r) const {
+    return static_cast<const T*>(p.logits) + offset(p.logits_strides, r);
+  }
+
   FASTOPT_MEMBER Slice slice_at(int64_t r, int rank) const {
     Slice s{};
-    s.begin = rank * p.slice < p.classes ? rank * p.slice : p.classes;
-    s.count = p.classes - s.begin < p.slice ? p.classes - s.begin : p.slice;
-    s.x = static_cast<const T*>(p.logits) + offset(p.logits_strides, r) + s.begin;
+    const int classes = static_cast<int>(p.classes), slice = static_cast<int>(p.slice);
+    s.begin = rank * slice < classes ? rank * slice : classes;
+    s.count = classes - s.begin < slice ? classes - s.begin : slice;
+    s.x = row_start(r) + s.begin;
     s.head = head_of(s.x, s.count);
     if constexpr (!kLabels) {
       s.t = static_cast<const TT*>(p.probabilities) + offset(p.target_strides, r) + s.begin;
@@ -626,17 +801,14 @@ struct CrossEntropy {
     return s;
   }
 
-  // Every lane copies what it will be the first to read.
+  // Every lane copies what it will be the first to read, and goes on before that has arrived.
   FASTOPT_MEMBER void hold(const Slice& from, const Slice& held, int lane) const {
     T* const x = const_cast<T*>(held.x);
     TT* const t = const_cast<TT*>(held.t);
-    for_my_elements<kSize, 1>(from.count, from.head, lane, p.lanes,
-                              [&](auto shape, int64_t c, int64_t) {
-                                copy_some<shape.count>(x + c, from.x + c, true);
-                                if constexpr (!kLabels)
-                                  copy_some<shape.count>(t + c, from.t + c, from.t_aligned);
-                              });
-    wait_for_copies();
+    for_my_elements<kSize, 1>(from.count, from.head, lane, p.lanes, [&](auto shape, int c, int) {
+      copy_some<shape.count>(x + c, from.x + c, true);
+      if constexpr (!kLabels) copy_some<shape.count>(t + c, from.t + c, from.t_aligned);
+    });
   }
   template <int n, class U>
   FASTOPT_MEMBER static void copy_some(U* to, const U* from, bool aligned) {
@@ -651,20 +823,31 @@ struct CrossEntropy {
   }
 
   // This lane's statistics of a slice.
-  template <bool kHeld>
   FASTOPT_MEMBER Stats sweep(const Slice& s, int lane) const {
     Stats stats = empty_stats<A>();
     for_my_elements<kSize, kVectors>(
-        s.count, s.head, lane, p.lanes, [&](auto shape, int64_t first, int64_t step) {
-          constexpr int n = shape.size;
-          A x[shape.count], q[shape.count] = {};
-          for (int i = 0; i < shape.vectors; ++i) {
-            const int64_t c = first + i * step;
-            load_some<n, Cache::keep>(s.x + c, true, x + i * n);
-            if constexpr (kMass)
-              masses<n, Cache::keep>(s.t, c, s.t_aligned, s.w, c, s.w_aligned, q + i * n);
+        s.count, s.head, lane, p.lanes, [&](auto shape, int first, int step) {
+          if constexpr (shape.size == 1) {
+            A x = to_acc(s.x[first]), q = 0;
+            if constexpr (kMass) masses<1, Cache::keep>(s.t, first, false, s.w, first, false, &q);
+            add<1>(stats, &x, &q);
+          } else {
+            constexpr int n = shape.size;
+            constexpr int kNow = shape.vectors < kTogether ? shape.vectors : kTogether;
+            Words words[shape.vectors];
+            for (int i = 0; i < shape.vectors; ++i) words[i] = load_words(s.x + first + i * step);
+            for (int i = 0; i < shape.vectors; i += kNow) {
+              A x[kNow * n], q[kNow * n] = {};
+              for (int k = 0; k < kNow; ++k) {
+                unpack<T>(words[i + k], x + k * n);
+                if constexpr (kMass) {
+                  const int c = first + (i + k) * step;
+                  masses<n, Cache::keep>(s.t, c, s.t_aligned, s.w, c, s.w_aligned, q + k * n);
+                }
+              }
+              add<kNow * n>(stats, x, q);
+            }
           }
-          add<shape.count>(stats, x, q);
         });
     return stats;
   }
@@ -673,7 +856,7 @@ struct CrossEntropy {
   FASTOPT_MEMBER A mass_of(const Slice& s, int lane) {
     Stats stats = empty_stats<A>();
     for_my_elements<kSize, kVectors>(
-        s.count, s.head, lane, p.lanes, [&](auto shape, int64_t first, int64_t step) {
+        s.count, s.head, lane, p.lanes, [&](auto shape, int first, int step) {
           constexpr int n = shape.size;
           A q[shape.count];
           for (int i = 0; i < shape.vectors; ++i)
@@ -700,10 +883,11 @@ struct CrossEntropy {
     } else {
       sync_block();
     }
-    stats = empty_stats<A>();
-    for (int i = lane; i < warps * p.cluster; i += kWarpSize) {
-      const RowStats<A>* const from = p.cluster > 1 ? shared_of(mine, i / warps) : mine;
-      stats = fastopt::merge(stats, from[i % warps]);
+    stats = lane < warps ? mine[lane] : empty_stats<A>();
+    if (p.cluster > 1) {
+      stats = empty_stats<A>();
+      for (int rank = 0; rank < p.cluster; ++rank)  // the same order in every block
+        if (lane < warps) stats = fastopt::merge(stats, shared_of(mine, rank)[lane]);
     }
     return merge_lanes<kMass>(stats);
   }
@@ -714,37 +898,50 @@ struct CrossEntropy {
   FASTOPT_MEMBER void write_gradient(U* grad, const Gradient& g, const Row& row, const Slice& s,
                                      int lane) const {
     constexpr int kGradSize = static_cast<int>(sizeof(Words) / sizeof(U));
-    constexpr Cache kCache = kHeld ? Cache::keep : Cache::stream;
-    const int64_t head = head_of(grad, s.count);
+    const int head = head_of(grad, s.count);
     if (row.ignored) {
       const A zeros[kGradSize] = {};
       return for_my_elements<kGradSize, 1>(
           s.count, head, lane, p.lanes,
-          [&](auto shape, int64_t c, int64_t) { store_some<shape.count>(grad + c, zeros); });
+          [&](auto shape, int c, int) { store_some<shape.count>(grad + c, zeros); });
     }
+    // Asked once a row, not once a vector; beside masses two loops would need more registers.
     const bool x_aligned = is_aligned(s.x + head);
+    if constexpr (kMass) {
+      write_elements<kHeld, kTarget>(grad, g, row, s, head, lane, x_aligned);
+    } else if (x_aligned) {
+      write_elements<kHeld, kTarget>(grad, g, row, s, head, lane, true);
+    } else {
+      write_elements<kHeld, kTarget>(grad, g, row, s, head, lane, false);
+    }
+  }
+  template <bool kHeld, bool kTarget, class U>
+  FASTOPT_MEMBER void write_elements(U* grad, const Gradient& g, const Row& row, const Slice& s,
+                                     int head, int lane, bool x_aligned) const {
+    constexpr int kGradSize = static_cast<int>(sizeof(Words) / sizeof(U));
+    constexpr Cache kCache = kHeld ? Cache::keep : Cache::stream;
     const bool w_aligned = s.w != nullptr && is_aligned(s.w + head);
     bool t_aligned = false;
     if constexpr (!kLabels) t_aligned = is_aligned(s.t + head);
     for_my_elements<kGradSize, kMass ? 1 : 2>(
-        s.count, head, lane, p.lanes, [&](auto shape, int64_t first, int64_t step) {
+        s.count, head, lane, p.lanes, [&](auto shape, int first, int step) {
           constexpr int n = shape.size;
           A x[shape.count], q[shape.count] = {};
           for (int i = 0; i < shape.vectors; ++i) {
-            const int64_t c = first + i * step;
+            const int c = first + i * step;
             load_some<n, kCache>(s.x + c, x_aligned, x + i * n);
             if constexpr (kMass && !kTarget)
               masses<n, kCache>(s.t, c, t_aligned, s.w, c, w_aligned, q + i * n);
           }
           for (int i = 0; i < shape.vectors; ++i) {
-            const int64_t c = first + i * step;
+            const int c = first + i * step;
             A values[n];
             for (int k = 0; k < n; ++k) {
               values[k] = kTarget ? target_gradient(g, x[i * n + k], s.begin + c + k)
                                   : logit_gradient(g, x[i * n + k], q[i * n + k]);
             }
             if constexpr (kLabels) {
-              const int64_t at = row.y - s.begin - c;
+              const int at = row.y - s.begin - c;
               if (0 <= at && at < n) {
                 for (int k = 0; k < n; ++k) values[k] = k == at ? g.of_true : values[k];
               }
@@ -783,8 +980,9 @@ struct CrossEntropy {
   }
 
   FASTOPT_MEMBER void strided_row(int64_t r, bool live) {
-    const Row row = row_at(r);
+    Row row = row_of(label_at(r));
     const T* const logits = static_cast<const T*>(p.logits) + offset(p.logits_strides, r);
+    load_true_logit(row, logits);
     const TT* const target =
         kLabels ? nullptr : static_cast<const TT*>(p.probabilities) + offset(p.target_strides, r);
     const int64_t step = p.logits_strides.cls, target_step = p.target_strides.cls;
@@ -852,24 +1050,21 @@ struct CrossEntropy {
 
 // ---- the kernels ----
 
-// Threads that the registers must leave room for, 64 registers each (float64: 128).
-template <class T>
-constexpr int kThreadsPerSm = sizeof(T) == 8 ? 512 : 1024;
-
+// The second bound: blocks on an SM, which the registers must leave room for.
 template <class T, class TT, bool kMass>
-FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads, kThreadsPerSm<T> / kParcelThreads)
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads, threads_per_sm(sizeof(T)) / kParcelThreads)
     cross_entropy_packed(FASTOPT_PARAMS CrossEntropyParams p) {
   CrossEntropy<T, TT, kMass>(p).packed();
 }
 
 template <class T, class TT, bool kMass, bool kHeld>
-FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads, kThreadsPerSm<T> / kMaxThreads)
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads, threads_per_sm(sizeof(T)) / kMaxThreads)
     cross_entropy_rows(FASTOPT_PARAMS CrossEntropyParams p) {
   CrossEntropy<T, TT, kMass>(p).template rows_kernel<kHeld>();
 }
 
 template <class T, class TT, bool kMass>
-FASTOPT_KERNEL void FASTOPT_BOUNDS(kStridedThreads, kThreadsPerSm<T> / kStridedThreads)
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kStridedThreads, threads_per_sm(sizeof(T)) / kStridedThreads)
     cross_entropy_strided(FASTOPT_PARAMS CrossEntropyParams p) {
   CrossEntropy<T, TT, kMass>(p).strided();
 }

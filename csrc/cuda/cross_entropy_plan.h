@@ -31,28 +31,37 @@ struct CrossEntropyPlan {
   CrossEntropyKernel kernel;
   bool held;             // rows: the row waits in shared memory for its second use
   int threads;           // of a block
-  int lanes;             // packed, rows: threads of a block that share a row;
+  int lanes;             // rows: threads of a block that share a row;
                          // strided: rows side by side, the other threads divide the classes
   int cluster;           // rows: blocks that share a row
-  int64_t slice;         // rows: classes of one block of the cluster
+  int64_t slice;         // rows: classes of one block of the cluster; packed: rows of a tile
   int64_t shared_bytes;  // of a block
   int64_t blocks;        // a multiple of cluster
 };
 
+// A row's classes are counted in 32 bits.
+constexpr int64_t kMaxClasses = int64_t{1} << 30;
 constexpr int kMaxThreads = 512;
 constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = kMaxThreads / kWarpSize;
-// packed: logits of one lane, all in registers.
-constexpr int kPackedPerLane = 4;
-// packed, and rows shared by one warp: independent rows hide one another's latency, so a block is
-// only a parcel of them.
+// packed: bytes of a row that one thread deals with by itself. Longer rows leave an SM too few
+// threads beside their tiles.
+constexpr int64_t kPackedRowBytes = 512;
+// packed: bytes of a thread under way at once, and the rows of one thread that may make them up.
+constexpr int64_t kPackedLoad = 64, kPackedRows = 16;
+constexpr int kPackedThreads = 128;
+constexpr int64_t kPackedBlocks = 3;  // on an SM, one computes while others load or store
+// Rows shared by one warp hide one another's latency: a block is only a parcel of them.
 constexpr int kParcelThreads = 256;
-// rows: 16-byte vectors of one lane. Four loads under way in each of 1024 threads are the 64 KB
-// that an SM has to ask for at once to keep its share of the memory busy.
-constexpr int64_t kVectorsPerLane = 4;
-// Blocks take several rows where there are more of them than this many waves fill: the last, partly
-// filled wave costs at most a sixteenth, and the sums of the blocks' losses stay few.
-constexpr int64_t kWaves = 16;
+// rows: 16-byte vectors of one lane. What a row costs beside its logits (its label, the merging of
+// the lanes, its loss) is some 500 instructions of every warp that takes part: few warps with many
+// vectors each, unless rows are too few to give an SM its 1024 threads.
+constexpr int64_t kMostVectors = 16, kFewestVectors = 4;
+// Blocks take several rows where there are more of them than this many waves fill: what a block
+// begins and ends with is paid once for all of them, and the sums of the blocks' losses stay few.
+constexpr int64_t kWaves = 4;
+// Threads of an SM that the registers leave room for, 64 registers each (float64: 128).
+constexpr int64_t threads_per_sm(int64_t logit_bytes) { return logit_bytes == 8 ? 512 : 1024; }
 // held: as much shared memory for each of two blocks, so that one computes or stores while the
 // other loads. The SM keeps 1 KB of every block for itself.
 constexpr int64_t kHeldBlocks = 2;
@@ -96,17 +105,40 @@ FASTOPT_RULE constexpr int64_t held_bytes(int64_t classes, int64_t element_bytes
   return element_bytes == 0 ? 0 : ceil_div(classes * element_bytes, 16) * 16 + 16;
 }
 
+// packed: elements from row to row in shared memory, of rows of whole words: an odd number of
+// words, so that the rows' words fall into different banks.
+FASTOPT_RULE constexpr int packed_pitch(int classes, int per_word) {
+  return (classes / per_word | 1) * per_word;
+}
+// packed: shared memory for a tile of one tensor, wherever between two words it begins.
+FASTOPT_RULE constexpr int64_t packed_bytes(int64_t rows, int64_t classes, int64_t element_bytes) {
+  return element_bytes == 0 ? 0 : ceil_div(rows * (classes * element_bytes + 16), 16) * 16 + 16;
+}
+
 inline CrossEntropyPlan plan_packed(const CrossEntropyShape& shape, const DeviceLimits& device,
                                     int64_t fixed_bytes) {
   CrossEntropyPlan plan{};
   plan.kernel = CrossEntropyKernel::packed;
-  plan.threads = kParcelThreads;
-  plan.lanes = static_cast<int>(
-      std::min<int64_t>(next_power_of_two(ceil_div(shape.classes, kPackedPerLane)), kWarpSize));
-  plan.cluster = 1;
-  plan.shared_bytes = fixed_bytes;
-  const int64_t tiles = ceil_div(shape.rows, kParcelThreads / plan.lanes);
-  plan.blocks = std::min(tiles, device.sm_count * 8 * kWaves);  // 8: 2048 threads of an SM
+  plan.cluster = plan.lanes = 1;
+  const int64_t row_bytes = shape.classes * (shape.logit_bytes + shape.target_bytes);
+  const int64_t comfortable = device.shared_per_sm / kPackedBlocks - kReservedShared;
+  const auto bytes_of = [&](int64_t rows) {
+    return fixed_bytes + packed_bytes(rows, shape.classes, shape.logit_bytes) +
+           packed_bytes(rows, shape.classes, shape.target_bytes);
+  };
+  plan.threads = kPackedThreads;
+  while (plan.threads > kWarpSize && bytes_of(plan.threads) > comfortable) plan.threads /= 2;
+  int64_t each = std::clamp<int64_t>(kPackedLoad / row_bytes, 1, kPackedRows);
+  // Few rows: a tile for every SM first.
+  while (each > 1 && shape.rows < device.sm_count * plan.threads * each) each /= 2;
+  while (plan.threads > kWarpSize && shape.rows < device.sm_count * plan.threads) plan.threads /= 2;
+  plan.slice = plan.threads * each;
+  plan.shared_bytes = bytes_of(plan.slice);
+  const int64_t per_sm =
+      std::min<int64_t>(threads_per_sm(shape.logit_bytes) / plan.threads,
+                        device.shared_per_sm / (plan.shared_bytes + kReservedShared));
+  plan.blocks = std::min(ceil_div(shape.rows, plan.slice),
+                         device.sm_count * std::max<int64_t>(per_sm, 1) * kWaves);
   return plan;
 }
 
@@ -136,8 +168,9 @@ inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLi
     // Whole vectors, so that the blocks of a cluster see the same alignment.
     return ceil_div(ceil_div(shape.classes, cluster), 16) * 16;
   };
+  int64_t vectors = kMostVectors;
   const auto lanes_of = [&](int64_t cluster) {
-    const int64_t load = ceil_div(slice_of(cluster), per_vector * kVectorsPerLane);
+    const int64_t load = ceil_div(slice_of(cluster), per_vector * vectors);
     const int64_t fewest = cluster > 1 ? 2 * kWarpSize : kWarpSize;  // a cluster is no parcel
     return static_cast<int>(std::clamp<int64_t>(next_power_of_two(load), fewest, kMaxThreads));
   };
@@ -151,6 +184,12 @@ inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLi
   const int64_t largest = device.clusters ? kMaxCluster : 1;
   const int64_t comfortable = device.shared_per_sm / kHeldBlocks - kReservedShared;
 
+  // Parcels of rows that do not fit together become blocks of one.
+  const int64_t fill = device.sm_count * threads_per_sm(shape.logit_bytes);
+  while (vectors > kFewestVectors &&
+         (shape.rows * lanes_of(1) < fill || (shape.reads_twice && bytes_of(1) > comfortable))) {
+    vectors /= 2;
+  }
   plan.cluster = 1;
   if (shape.reads_twice) {
     while (bytes_of(plan.cluster) > std::min(comfortable, device.shared_per_block) &&
@@ -163,7 +202,7 @@ inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLi
   }
   // Fewer rows than half the SMs: several blocks share a row, as long as each has a full load.
   while (!plan.held && plan.cluster < largest && 2 * shape.rows * plan.cluster <= device.sm_count &&
-         slice_of(2 * plan.cluster) >= kMaxThreads * per_vector * kVectorsPerLane) {
+         slice_of(2 * plan.cluster) >= kMaxThreads * per_vector * kFewestVectors) {
     plan.cluster *= 2;
   }
   plan.slice = slice_of(plan.cluster);
@@ -172,7 +211,7 @@ inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLi
   plan.threads = plan.lanes * groups;
   plan.shared_bytes = plan.held ? bytes_of(plan.cluster) : fixed_bytes;
   const int64_t per_sm = std::max<int64_t>(
-      1, std::min<int64_t>(2048 / plan.threads,
+      1, std::min<int64_t>(threads_per_sm(shape.logit_bytes) / plan.threads,
                            device.shared_per_sm / (plan.shared_bytes + kReservedShared)));
   const int64_t clusters = std::min(ceil_div(shape.rows, groups),
                                     ceil_div(device.sm_count * per_sm * kWaves, plan.cluster));
@@ -185,8 +224,8 @@ inline CrossEntropyPlan plan_cross_entropy(const CrossEntropyShape& shape,
   const int64_t accumulate_bytes = shape.logit_bytes == 8 ? 8 : 4;
   const int64_t fixed_bytes = block_shared_bytes(accumulate_bytes);
   if (!shape.contiguous_classes) return plan_strided(shape, device, fixed_bytes, accumulate_bytes);
-  // A row that a warp's registers hold in single elements needs no vectors.
-  if (shape.classes <= kPackedPerLane * kWarpSize) return plan_packed(shape, device, fixed_bytes);
+  if (shape.classes * (shape.logit_bytes + shape.target_bytes) <= kPackedRowBytes)
+    return plan_packed(shape, device, fixed_bytes);
   return plan_rows(shape, device, fixed_bytes);
 }
 

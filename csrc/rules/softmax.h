@@ -31,7 +31,7 @@ FASTOPT_RULE double scalar_log(double x) { return __builtin_log(x); }
 
 // What one sweep over (a part of) a row leaves. `sum` and `dot` are relative to stats_base(max).
 template <class A>
-struct RowStats {
+struct alignas(16) RowStats {
   A max;   // max_c x_c
   A sum;   // sum_c exp(x_c - base)
   A dot;   // sum_c q_c (x_c - base)
