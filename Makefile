@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 # For its interpreter and its compiler, beside a torch that does not bring one.
 TRITON ?= 3.9.0
+# That of torch 2.10 and 2.11, the oldest that our kernels have to compile with.
+OLD_TRITON ?= 3.6.0
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --quiet
@@ -16,11 +18,15 @@ SANITIZE_TESTS := $(LEVEL_TESTS) $(foreach part,errors ops memory threads cuda, 
 	$(wildcard tests/test_cross_entropy_$(part).py tests/test_sgd_$(part).py))
 
 # On a machine with a GPU, with that machine's own Python: torch for CUDA or ROCm, Triton, pytest,
-# pytest-benchmark, hypothesis and matplotlib have to be there; nothing is downloaded.
+# pytest-benchmark, pytest-xdist, hypothesis and matplotlib have to be there; nothing is downloaded.
 GPU_PYTHON ?= python3
 FAMILIES ?= cuda triton
+OPS ?= cross_entropy sgd
 OUT ?= bench/results
 GPU_PYTEST := $(GPU_PYTHON) -m pytest --quiet
+# Triton compiles thousands of kernels for the tests of values, one after the other without
+# pytest-xdist.
+GPU_PARALLEL = $(shell $(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 # make gpu INSTALLED=1: what pip has installed is tested and timed, not this checkout. (Python 3.11
 # and later know how to leave the current folder out of their path.)
 ifdef INSTALLED
@@ -37,8 +43,9 @@ demo: build
 # Threads that spin while they wait make tests twenty times slower where others use the cores too.
 test sanitize wheel: export OMP_WAIT_POLICY = passive
 
-test: lint build
+test: lint build build/triton-$(OLD_TRITON)
 	FASTOPT_ALWAYS=1 $(PYTEST) -m "not packaging"
+	PYTHONPATH=build/triton-$(OLD_TRITON) $(PYTEST) tests/test_*_triton.py -k "compile"
 	$(PYTEST) -m crossover
 	FASTOPT_ALWAYS=1 FASTOPT_SIMD=avx2 $(PYTEST) $(LEVEL_TESTS) -m "not slow"
 	FASTOPT_ALWAYS=1 FASTOPT_SIMD=baseline ATEN_CPU_CAPABILITY=default \
@@ -93,25 +100,33 @@ gpu-test: gpu-build
 	for family in $(FAMILIES); do \
 	  echo "== $$family"; export FASTOPT_ALWAYS=1 FASTOPT_BACKEND=$$family; \
 	  $(GPU_PYTEST) tests/test_gpu.py || exit 1; \
-	  FASTOPT_TEST_DEVICE=cuda $(GPU_PYTEST) tests/test_cross_entropy.py -m "not slow" || exit 1; \
+	  FASTOPT_TEST_DEVICE=cuda $(GPU_PYTEST) $(GPU_PARALLEL) tests/test_cross_entropy.py \
+	    -m "not slow" || exit 1; \
 	done
 
 # Every allocation by itself, so that a step out of bounds leaves it. memcheck looks for that,
-# racecheck for shared memory that is read before it was written.
+# racecheck for shared memory that is read before it was written; in our kernels, not torch's.
 gpu-sanitize: gpu-build
 	for tool in memcheck racecheck; do \
 	  FASTOPT_ALWAYS=1 FASTOPT_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTEST) \
+	  compute-sanitizer --tool $$tool --kernel-name kns=fastopt --error-exitcode 1 $(GPU_PYTEST) \
 	    tests/test_gpu.py -k "same_bits or out_of_range_give_nan or sgd_trains" || exit 1; \
 	done
 
 gpu-bench: gpu-build
+	rm -f build/bench-cuda-*.json build/bench-triton-*.json
 	for family in $(FAMILIES); do \
-	  FASTOPT_BACKEND=$$family $(GPU_PYTEST) bench/bench_*.py --device=cuda \
-	    --benchmark-json=build/bench-$$family.json $(BENCH) && \
-	  PYTHONSAFEPATH= $(GPU_PYTHON) bench/report.py build/bench-$$family.json --results $(OUT) \
+	  for op in $(OPS); do \
+	    FASTOPT_BACKEND=$$family $(GPU_PYTEST) bench/bench_$$op.py --device=cuda \
+	      --benchmark-json=build/bench-$$family-$$op.json \
+	      --benchmark-storage=.benchmarks/$$family-$$op $(BENCH) || exit 1; \
+	  done; \
+	  PYTHONSAFEPATH= $(GPU_PYTHON) bench/report.py build/bench-$$family-*.json --results $(OUT) \
 	    || exit 1; \
 	done
+
+build/triton-$(OLD_TRITON): | .venv/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OLD_TRITON)
 
 clean:
 	rm -rf build dist *.egg-info fastopt/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

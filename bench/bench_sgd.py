@@ -10,8 +10,6 @@ turns within one process; conftest.py says how and why.
 
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -100,7 +98,8 @@ def make_optimizer(variant: str, params: list[torch.Tensor]) -> torch.optim.Opti
         return fastopt.SGD(params, **options)
     if variant in ("foreach", "fused"):
         return torch.optim.SGD(params, **options, **{variant: True})
-    return torch.optim.SGD(params, **options)
+    # On GPUs torch's own choice would be foreach.
+    return torch.optim.SGD(params, **options, foreach=None if variant == "compile" else False)
 
 
 class Training:
@@ -118,8 +117,10 @@ class Training:
 
 
 def make_tensors(case: Case, seed: int, device: str) -> list[torch.Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=random).to(device, case.dtype) for shape in case.shapes]
+    random = torch.Generator(device).manual_seed(seed)
+    return [
+        torch.randn(shape, generator=random, device=device).to(case.dtype) for shape in case.shapes
+    ]
 
 
 def exact_params(case: Case, params: list[torch.Tensor], grads: list[list[torch.Tensor]]):
@@ -133,7 +134,9 @@ def exact_params(case: Case, params: list[torch.Tensor], grads: list[list[torch.
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def measured(request, device, interleave, peak_memory, launches) -> tuple[Case, dict[str, dict]]:
+def measured(
+    request, device, interleave, peak_memory, launches, host_time
+) -> tuple[Case, dict[str, dict]]:
     """All that `record` wants to know of each variant of one case."""
     case = request.param
     torch.compiler.reset()
@@ -164,23 +167,10 @@ def measured(request, device, interleave, peak_memory, launches) -> tuple[Case, 
             "param_error": error[variant],
             "same_bits_as_for_loop": same[variant],
             **launches(training.step),
-            "host_us": host_time(training.step, device),
+            **host_time(training.step),
         }
         for variant, training in trainings.items()
     }
-
-
-def host_time(step: Call, device: str) -> float | None:
-    """Microseconds until a step's call returns while a GPU still works; median of many."""
-    if device == "cpu":
-        return None
-    seconds = []
-    for _ in range(21):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(seconds)
 
 
 def compare(

@@ -38,6 +38,7 @@ _MIN_COST_OF_MANY_CLASSES, _ROW_COST = 80_000, 96  # in logits
 # On GPUs a call costs tens of microseconds of Python whatever its size; stock's passes over a
 # million half precision logits, 18 MB at some 3 TB/s, cost 6. An estimate, not yet measured.
 _MIN_LOGITS_ON_GPU = 1 << 20
+_MAX_CLASSES_ON_GPU = 1 << 30  # which both families of kernels count in 32 bits
 
 
 def _is_too_small(count: int, classes: int, cuda: bool = False) -> bool:
@@ -168,6 +169,9 @@ def _serves(
         return False
     shape, target_shape = logits.shape, target.shape
     if not shape or _is_too_small(logits.numel(), shape[0 if len(shape) == 1 else 1], cuda):
+        return False
+    # Without a batch stock's mean of an ignored row is NaN on CPU and 0 on GPU: its own affair.
+    if cuda and (len(shape) == 1 or shape[1] > _MAX_CLASSES_ON_GPU):
         return False
     if target_dtype is torch.int64:
         if len(target_shape) != len(shape) - 1 or (

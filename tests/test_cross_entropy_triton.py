@@ -47,6 +47,7 @@ from fastopt.kernels import cross_entropy as kernels
 from triton_support import (
     GFX942,
     NVIDIA_TARGETS,
+    SM90,
     Launch,
     recorded,
     target_name,
@@ -739,6 +740,9 @@ COMPILED: dict[str, tuple[dict[str, object], int]] = {
 }
 
 
+SMALL_SHAPES = [(64, 1), (64, 10), (64, 32), (64, 257), (64, 5000), (2, 10, 64)]
+
+
 def main_launch(case: str) -> Launch:
     arguments, _ = COMPILED[case]
     launches = launches_of(**arguments)
@@ -764,6 +768,20 @@ class TestCompiled:
         programs = COMPILED[case][1]
         assert resources["REG"] <= 65536 // (32 * launch.warps * programs), resources
         assert launch.warps * programs <= 64
+
+    @pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=dtype_name)
+    @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=dtype_name)
+    def test_every_kind_of_call(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Compiles at all. Versions of Triton fail at different combinations."""
+        for options in (
+            {"op": "forward", "reduction": NONE},
+            {"op": "backward", "reduction": NONE},
+            {"op": "backward", "weighted": True, "label_smoothing": 0.1},
+            {"op": "backward_target", "probabilities": True},
+            {"op": "forward_backward", "probabilities": True, "weighted": True},
+        ):
+            for launch in launches_of(shape, dtype, **options).values():
+                assert launch.compile(SM90).kernel.asm["cubin"], launch.name
 
     @pytest.mark.parametrize("case", COMPILED)
     def test_amd(self, case: str) -> None:

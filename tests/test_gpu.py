@@ -247,10 +247,12 @@ def test_peak_memory_is_one_gradient(shape: tuple[int, ...]) -> None:
     target = torch.randint(shape[1], (shape[0], *shape[2:]))
     fastopt.cross_entropy(logits, target).backward()
     logits.grad = None
-    before = torch.cuda.memory_allocated()
+    # What was asked for: the allocator hands out whole blocks, up to 1 MB larger.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     fastopt.cross_entropy(logits, target).backward()
-    beyond = torch.cuda.max_memory_allocated() - before - logits.nbytes
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    beyond = peak - before - logits.nbytes
     assert beyond <= MB, f"{beyond / MB:.2f} MB beyond the gradient"
 
 
@@ -330,7 +332,7 @@ def bring_gradients(groups: list[list[Tensor]], seed: int) -> None:
 def test_sgd_trains_as_torch(option: str, dtype: torch.dtype) -> None:
     ours = make_params(dtype)
     stock = [param.detach().clone().requires_grad_() for param in ours]
-    goal = [param.detach().double().requires_grad_() for param in ours]
+    goal = [param.detach().to(torch.float64, copy=True).requires_grad_() for param in ours]
     options = {"lr": 0.05, **OPTIONS[option]}
     optimizers = [
         fastopt.SGD(ours, **options),
@@ -379,7 +381,7 @@ def test_sgd_updates_161_tensors_in_one_launch() -> None:
         bring_gradients([params], step)
         optimizer.step()
     # Triton's table travels as a copy.
-    assert launches(optimizer.step) <= (1 if fastopt.ops.GPU_FAMILY == "cuda" else 2)
+    assert launches(optimizer.step) == (1 if fastopt.ops.GPU_FAMILY == "cuda" else 2)
 
 
 def test_sgd_never_waits(request: pytest.FixtureRequest) -> None:

@@ -1050,21 +1050,24 @@ struct CrossEntropy {
 
 // ---- the kernels ----
 
-// The second bound: blocks on an SM, which the registers must leave room for.
+// Threads that the registers must leave room for.
+template <class T>
+constexpr int kThreadsPerSm = threads_per_sm(sizeof(T));
+
 template <class T, class TT, bool kMass>
-FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads, threads_per_sm(sizeof(T)) / kParcelThreads)
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads, kThreadsPerSm<T> / kParcelThreads)
     cross_entropy_packed(FASTOPT_PARAMS CrossEntropyParams p) {
   CrossEntropy<T, TT, kMass>(p).packed();
 }
 
 template <class T, class TT, bool kMass, bool kHeld>
-FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads, threads_per_sm(sizeof(T)) / kMaxThreads)
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads, kThreadsPerSm<T> / kMaxThreads)
     cross_entropy_rows(FASTOPT_PARAMS CrossEntropyParams p) {
   CrossEntropy<T, TT, kMass>(p).template rows_kernel<kHeld>();
 }
 
 template <class T, class TT, bool kMass>
-FASTOPT_KERNEL void FASTOPT_BOUNDS(kStridedThreads, threads_per_sm(sizeof(T)) / kStridedThreads)
+FASTOPT_KERNEL void FASTOPT_BOUNDS(kStridedThreads, kThreadsPerSm<T> / kStridedThreads)
     cross_entropy_strided(FASTOPT_PARAMS CrossEntropyParams p) {
   CrossEntropy<T, TT, kMass>(p).strided();
 }

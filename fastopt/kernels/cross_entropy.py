@@ -234,8 +234,15 @@ def _gradient(
         # An infinite factor makes the true class NaN, where torch has inf - inf.
         own = tl.expand_dims(true_mass, AXIS) + (up - up)
         q = tl.where(c == tl.expand_dims(label, AXIS), q + own, q)
-    g = up * (tl.expand_dims(factor, AXIS) * e - q)
+    g = up * (factor * e - q)
     return tl.where(tl.expand_dims(live, AXIS), g, 0.0)
+
+
+@triton.jit
+def _factor(mass, row_sum, AXIS: tl.constexpr):
+    """a / sum of rows, as a block. (Divided before they are expanded, Triton 3.6 fails to compile
+    the backward kernel where 32 classes or fewer share a block.)"""
+    return tl.expand_dims(mass, AXIS) / tl.expand_dims(row_sum, AXIS)
 
 
 @triton.jit
@@ -428,7 +435,7 @@ def _forward_kernel(
         if REDUCTION == 1:
             up /= _divisor(_total_weight(parts_ptr, parts, rows, LABELS, PARTS), uniform)
         up = up.to(ACC)
-        factor = mass / row_sum
+        factor = _factor(mass, row_sum, AXIS)
         if EDGE > 1:
             edge_e = tl.exp(edge_x - tl.expand_dims(row_max, AXIS))
             edge_g = _gradient(
@@ -571,7 +578,7 @@ def _backward_kernel(
                 LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
             )  # fmt: skip
             mass += tl.sum(q, AXIS)
-    factor = mass / row_sum
+    factor = _factor(mass, row_sum, AXIS)
     log_sum = tl.log(row_sum)
     for first in range(0, classes, BLOCK):
         c = _block_classes(first, BLOCK, AXIS)
