@@ -416,6 +416,7 @@ class DeviceStep:
             return
         self.kept: list[Tensor] = []
         self.packed = [_pack_group(group, self.device, self.kept) for group in groups]
+        self.all_momentum = all(group.momentum for group in self.packed)  # all have buffers
         self.groups = b"".join(group.packed for group in self.packed)
         self.numbers = array("d", chain.from_iterable(group.numbers for group in self.packed))
         # A tensor, unlike a number, can change and stay the same object.
@@ -543,7 +544,8 @@ class DeviceStep:
         changed = [*self.params, *self.buffers]
         if len(self.ready) != len(self.params):
             changed = [tensors[i] for tensors in (self.params, self.buffers) for i in self.ready]
-        changed = [tensor for tensor in changed if tensor is not None]
+        if not self.all_momentum:
+            changed = [tensor for tensor in changed if tensor is not None]
         if not self.plain:
             changed += [t.to_local() for t in changed if type(t) not in _PLAIN]
         increment_version(changed)

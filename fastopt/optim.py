@@ -131,9 +131,7 @@ class _Plan:
 
         # If so, gather has nothing to do: asked once, because it only ever saves time.
         self.on_gpu = all(_is_served_gpu(param.device) for param in self.params)
-        self.by_device: dict[torch.device, list[int]] = {}
-        for i, param in enumerate(self.params if self.on_gpu else ()):
-            self.by_device.setdefault(param.device, []).append(i)
+        self.gpu_steps: list[tuple[DeviceStep, list[int]]] | None = None  # then, once made
 
         group_of = chain.from_iterable([i] * size for i, size in enumerate(self.sizes))
         self.gather = Gather(self.params, list(group_of), torch.device("cpu"))
@@ -457,31 +455,33 @@ class SGD(torch.optim.SGD):
         """Update some of the parameters: those on GPUs by the kernels there, all others by torch."""
         family = None if plan.inference else _gpu_family()
         left: list[int] = []
-        if family is not None and plan.on_gpu:
-            by_device = plan.by_device  # where they were; gather leaves what has moved to torch
-        else:
-            by_device = {}
+        steps = plan.gpu_steps  # where the parameters were; gather leaves what has moved to torch
+        if steps is None or family is None:
+            by_device: dict[torch.device, list[int]] = {}
             for i in places:
                 param = plan.params[i]
                 if family is not None and _is_served_gpu(param.device):
                     by_device.setdefault(param.device, []).append(i)
                 else:
                     left.append(i)
+            steps = [
+                (
+                    self._device_step(
+                        device, [plan.params[i] for i in own], [plan.group_of[i] for i in own]
+                    ),
+                    own,
+                )
+                for device, own in by_device.items()
+            ]
+            if plan.on_gpu and not left:
+                plan.gpu_steps = steps
         grads = tuple(map(_get_grad, plan.params))
         buffers = plan.momentum_buffers()
-        steps = []
-        for device, own in by_device.items():
-            some = len(own) != len(plan.params)
-            params: tuple[Any, ...]
-            group_of: tuple[Any, ...]
-            params, group_of, own_grads, own_buffers = (
-                tuple(objects[i] for i in own) if some else tuple(objects)
-                for objects in (plan.params, plan.group_of, grads, buffers)
-            )
-            step = self._device_step(device, params, group_of)
-            steps.append(step)
-            not_served = step.gather(self.param_groups, own_grads, own_buffers)
-            left += [own[i] for i in not_served]
+        for step, own in steps:
+            own_grads, own_buffers = grads, buffers
+            if len(own) != len(grads):
+                own_grads, own_buffers = (tuple(t[i] for i in own) for t in (grads, buffers))
+            left += [own[i] for i in step.gather(self.param_groups, own_grads, own_buffers)]
         if left and not _overflowed(found_inf):
             self._drop_unstarted([plan.params[i] for i in left])
             inv_scale = _inv_scale(grad_scale)
@@ -490,9 +490,9 @@ class SGD(torch.optim.SGD):
                 by_group.setdefault(plan.group_of[i], []).append(plan.params[i])
             for index, members in by_group.items():
                 self._torch_step(self.param_groups[index], members, inv_scale=inv_scale)
-            for step in steps:
+            for step, _ in steps:
                 step.forget()
-        for step in steps:
+        for step, _ in steps:
             step.launch(_LAUNCHERS[family], self.state, grad_scale, found_inf)
 
     def _torch_step(
