@@ -512,6 +512,8 @@ def test_layouts(emulation: ctypes.CDLL, layout: Callable[[Tensor], Tensor]) -> 
     """Logits, and probabilities of another layout beside them; their gradients are dense."""
     for shape, device, dtype in [
         ((19, 21), H200, torch.float32),
+        ((301, 21), FEW_SMS, torch.bfloat16),
+        ((37, 24), FEW_SMS, torch.bfloat16),
         ((11, 263), H200, torch.bfloat16),
         ((3, 709), tiny(3800), torch.bfloat16),
         ((3, 709), tiny(900, False), torch.bfloat16),
