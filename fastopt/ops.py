@@ -16,6 +16,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -116,9 +118,21 @@ def _why_not_triton() -> str | None:
         return f"FASTOPT_BACKEND={BACKEND}"
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is not one for GPUs"
-    if importlib.util.find_spec("triton") is None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
         return "the package triton is not installed"
+    if _compiles_launchers(Path(spec.origin).read_text()) and not any(
+        map(shutil.which, [os.environ.get("CC", "cc"), "gcc", "clang"])
+    ):
+        return "this version of triton needs a C compiler, and none was found"
     return None
+
+
+def _compiles_launchers(source: str) -> bool:
+    """Whether a Triton whose __init__.py this is compiles C when its kernels are first launched, as
+    all did before 3.9."""
+    version = re.search(r"__version__ = ['\"](\d+)\.(\d+)", source)
+    return version is None or tuple(map(int, version.groups())) < (3, 9)
 
 
 TRITON_ERROR = _why_not_triton()

@@ -222,11 +222,12 @@ class SGD(torch.optim.SGD):
     tensors with a gradient as options) takes torch's path, parameter by parameter.
 
     What follows about GPUs was tested on CPUs only so far (bench/results/LEDGER.md). On GPU a step
-    never waits for the device. lr, momentum, dampening and weight_decay may be
-    tensors there, which the kernels read: a captured CUDA graph follows a scheduler that writes
-    into them. Any ``found_inf`` but 0 leaves parameters and state untouched; a parameter's first
-    step is the first that was not skipped, and checkpoints hold its buffer only from then on. (A
-    step does wait where torch's path takes a parameter under a GradScaler with ``fused=True``.)
+    never waits for the device. lr, momentum, dampening and weight_decay may be tensors there, which
+    the kernels read: a captured CUDA graph follows a scheduler that writes into them (with Triton's
+    kernels after one step outside a capture, which compiles them). Any ``found_inf`` but 0 leaves
+    parameters and state untouched; a parameter's first step is the first that was not skipped, and
+    checkpoints hold its buffer only from then on. (A step does wait where torch's path takes a
+    parameter under a GradScaler with ``fused=True``.)
 
     Differences from torch.optim.SGD:
         - float32 and float64: none, bit for bit those of torch's for-loop on CPU (``foreach=False,

@@ -716,7 +716,7 @@ def launches_of(
 HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 # What is compiled, and how many programs an SM is meant to hold at once.
 COMPILED: dict[str, tuple[dict[str, object], int]] = {
-    "rows-share-a-program": ({"shape": (4096, 16), "dtype": FLOAT}, 8),
+    "rows-share-a-program": ({"shape": (4096, 16), "dtype": FLOAT}, 3),
     "odd-rows-share-a-program": ({"shape": (4096, 1003), "dtype": HALF}, 4),
     "imagenet": ({"shape": (4096, 1000), "dtype": HALF}, 8),
     "block": ({"shape": (8192, 4096), "dtype": HALF}, 4),
@@ -768,6 +768,10 @@ class TestCompiled:
         programs = COMPILED[case][1]
         assert resources["REG"] <= 65536 // (32 * launch.warps * programs), resources
         assert launch.warps * programs <= 64
+        arguments = launch.arguments
+        if arguments.get("LOOP") and arguments["AXIS"] == 1 and arguments["grad_ptr"] is not None:
+            # A second row on the SM would push the first one's logits out of L2.
+            assert resources["REG"] > 65536 // (2 * 32 * launch.warps), resources
 
     @pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=dtype_name)
     @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=dtype_name)
@@ -784,8 +788,11 @@ class TestCompiled:
                 assert launch.compile(SM90).kernel.asm["cubin"], launch.name
 
     @pytest.mark.parametrize("case", COMPILED)
-    def test_amd(self, case: str) -> None:
-        assembly = main_launch(case).compile(GFX942).kernel.asm["amdgcn"]
+    def test_amd(self, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        launch = main_launch(case)
+        assert 64 * launch.warps <= 1024, "what a program of gfx942 may have"
+        assembly = launch.compile(GFX942).kernel.asm["amdgcn"]
         assert "global_load_dwordx4" in assembly or "buffer_load_dwordx4" in assembly
         spills = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly)
         assert spills and set(spills) == {"0"}

@@ -67,6 +67,12 @@ def test_a_library_serves_the_gpus_that_it_has_code_for() -> None:
     assert not ops.has_code_for((9, 0), [80, 100]) and not ops.has_code_for((8, 6), [90])
 
 
+def test_triton_before_3_9_needs_a_c_compiler() -> None:
+    assert ops._compiles_launchers("\n__version__ = '3.6.0'\n")
+    assert not ops._compiles_launchers("__version__ = '3.9.0'")
+    assert not ops._compiles_launchers('__version__ = "4.0.0+rocm"')
+
+
 def test_whether_a_gpu_is_served_is_a_constant_to_dynamo() -> None:
     def double_if_served(x: torch.Tensor) -> torch.Tensor:
         return x * 2 if ops.serves_gpu(0) else x

@@ -58,7 +58,7 @@ def _rows_of_program(
     if IN_ENTRY:
         if AXIS == 0:
             positions = _known_multiple(positions, UNIT)
-        tiles = tl.cdiv(positions, ROWS)
+        tiles = (positions + tl.full((), ROWS - 1, tl.int64)) // ROWS  # 2^31 rows do not wrap it
         entry = tile // tiles
         position = tile % tiles * ROWS + lane
         row = entry * positions + position
@@ -361,8 +361,9 @@ def _forward_kernel(
     row_sum = tl.zeros([ROWS], ACC)
     dot = tl.zeros([ROWS], ACC)
     mass = tl.zeros([ROWS], ACC)
-    # Only where lanes run over classes: among positions, ignored ones would break up the vectors.
-    read = tl.expand_dims(live if AXIS == 1 else inside, AXIS)
+    # Long rows that are ignored are not read. Short ones are: they would wait for their label first,
+    # and among positions they would break up the vectors.
+    read = tl.expand_dims(live if AXIS == 1 and LOOP else inside, AXIS)
     length = classes
     if EDGE > 1:
         # Rows of, say, 50257 classes begin anywhere between 16-byte words: their edges make a
@@ -678,10 +679,15 @@ def _config(
     # One program of 16 warps fills an SM: 128 registers a thread, 64 of them the row.
     limit = 4096 if recompute else 32768 // registers // (2 if edges else 1)
     if block > limit:
-        # Forward: 32 warps of 64 registers, so that one row an SM is in flight: 132 rows of 128k
-        # bfloat16 are 34 MB, and the second sweep finds them in L2.
-        return Config(1, limit, 8, True) if recompute else Config(1, 16384 // registers, 32, True)
-    rows = max(1, (1024 if block < 128 else 2048) // block)  # short rows share a program
+        if recompute:
+            return Config(1, limit, 8, True)
+        # More than 32 registers a thread in 32 warps, so that one row an SM is in flight: 132 rows
+        # of 128k bfloat16 are 34 MB, and the second sweep finds them in L2. (A program of 64-wide
+        # wavefronts cannot have more than 16.)
+        block = 32768 // registers // (2 if edges else 1)
+        return Config(1, block, 16 if torch.version.hip else 32, True)
+    # Short rows share a program, which adds up 2 KB of label counts whatever it holds.
+    rows = max(1, (4096 if block < 128 else 2048) // block)
     return Config(rows, block, _warps(rows * block, 16 if rows * block <= 8192 else 32), False)
 
 

@@ -88,9 +88,11 @@ def _update_row(
     scale_ptr,
     T: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Elements [begin, end) of a row, both multiples of BLOCK."""
+    """Elements [begin, end) of a row, both multiples of STEP. That is each dtype's own: with one for
+    all of them, Triton gives the threads of float32 two neighbouring words each, and takes every
+    result through shared memory."""
     param = tl.load(row_ptr)
     grad = tl.load(row_ptr + 1)
     buffer = tl.load(row_ptr + 2)
@@ -130,14 +132,14 @@ def _update_row(
         grad_ptr = tl.multiple_of(grad_ptr, 16)
         buffer_ptr = tl.multiple_of(buffer_ptr, 16)
         while begin < end:
-            offsets = tl.multiple_of(begin, 16) + tl.arange(0, BLOCK)
+            offsets = tl.multiple_of(begin, 16) + tl.arange(0, STEP)
             _update(param_ptr, grad_ptr, buffer_ptr, offsets, whole, options, UNSCALE)
-            begin += BLOCK
+            begin += STEP
     else:
         while begin < end:
-            offsets = begin + tl.arange(0, BLOCK)
+            offsets = begin + tl.arange(0, STEP)
             _update(param_ptr, grad_ptr, buffer_ptr, offsets, numel, options, UNSCALE)
-            begin += BLOCK
+            begin += STEP
 
 
 @triton.jit(do_not_specialize=["count", "chunks"])
@@ -182,30 +184,20 @@ def _sgd_kernel(
             from_ = (chunk - first) * BLOCK
             to = (stop - first) * BLOCK
             element = (packed >> 32) & 0xFF
+            # fmt: off
             if element == 0:
-                _update_row(
-                    row_ptr, group_ptr, started, from_, to, scale_ptr, tl.float32, tl.float32, BLOCK
-                )
+                _update_row(row_ptr, group_ptr, started, from_, to, scale_ptr,
+                            tl.float32, tl.float32, BLOCK // 2)
             elif element == 1:
-                _update_row(
-                    row_ptr, group_ptr, started, from_, to, scale_ptr, tl.float64, tl.float64, BLOCK
-                )
+                _update_row(row_ptr, group_ptr, started, from_, to, scale_ptr,
+                            tl.float64, tl.float64, BLOCK // 4)
             elif element == 2:
-                _update_row(
-                    row_ptr,
-                    group_ptr,
-                    started,
-                    from_,
-                    to,
-                    scale_ptr,
-                    tl.bfloat16,
-                    tl.float32,
-                    BLOCK,
-                )
+                _update_row(row_ptr, group_ptr, started, from_, to, scale_ptr,
+                            tl.bfloat16, tl.float32, BLOCK)
             else:
-                _update_row(
-                    row_ptr, group_ptr, started, from_, to, scale_ptr, tl.float16, tl.float32, BLOCK
-                )
+                _update_row(row_ptr, group_ptr, started, from_, to, scale_ptr,
+                            tl.float16, tl.float32, BLOCK)
+            # fmt: on
             chunk = stop
         row += 1
 
@@ -227,10 +219,10 @@ def _sgd_kernel(
             first += 128
 
 
-# Elements per step of a program, threads of a program, programs per multiprocessor: two 16-byte
-# accesses of each array a thread for float32, one for half precision. Reckoned like
-# csrc/cuda/sgd.h's (96 bytes of loads a thread, 48 KB a multiprocessor), not measured.
-BLOCK, THREADS, PROGRAMS = 1024, 128, 4
+# Elements of a chunk, threads of a program, programs per multiprocessor: two 16-byte accesses of
+# each array a thread and step, in every dtype. Reckoned like csrc/cuda/sgd.h's (96 bytes of loads a
+# thread, 48 KB a multiprocessor), not measured.
+BLOCK, THREADS, PROGRAMS = 2048, 128, 4
 WARPS = THREADS // (64 if torch.version.hip else 32)
 
 
@@ -249,10 +241,19 @@ def _to_device(words: "array[int]", device: torch.device) -> Tensor:
     table = torch.frombuffer(words, dtype=torch.int64)
     if device.type != "cuda":
         return table
-    pinned = table.pin_memory()
     if gpu_step.capturing(device):
+        pinned = _pinned.pop() if _pinned and len(_pinned[0]) >= len(table) else table.pin_memory()
+        pinned = pinned[: len(table)].copy_(table)
         gpu_step.captured.append(pinned)
+    else:
+        pinned = table.pin_memory()
+        if not _pinned or len(_pinned[0]) < len(table):
+            _pinned[:] = [torch.empty_like(table, pin_memory=True)]
     return pinned.to(device, non_blocking=True)
+
+
+# Memory for the table of a step that is captured, where torch 2.10 cannot pin any: one tensor.
+_pinned: list[Tensor] = []
 
 
 def run(launch: Launch, processors: int) -> None:
