@@ -440,10 +440,11 @@ SPREAD = Device(64, 227 << 10, 228 << 10, True)
 
 
 def test_few_long_rows_are_spread_over_a_cluster(emulation: ctypes.CDLL) -> None:
-    """Loss alone: nothing is held, but one block a row would leave the device idle."""
+    """They would fit one block, which would leave the device idle."""
     logits = make_logits((1, 16385))
-    plans = check_indices(emulation, SPREAD, logits, EVERYTHING)
-    assert (plans[0].kernel, plans[0].held, plans[0].cluster) == (ROWS, 0, 2)
+    loss, gradient, *_ = check_indices(emulation, SPREAD, logits, EVERYTHING)
+    assert (loss.kernel, loss.held, loss.cluster) == (ROWS, 0, 4)
+    assert (gradient.kernel, gradient.held, gradient.cluster) == (ROWS, 1, 4)
 
 
 # Rows side by side: as many as a block has threads, and fewer, with the classes divided. Tiles end

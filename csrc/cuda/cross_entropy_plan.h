@@ -200,9 +200,10 @@ inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLi
     plan.held = bytes_of(plan.cluster) <= device.shared_per_block;
     if (!plan.held) plan.cluster = 1;
   }
-  // Fewer rows than half the SMs: several blocks share a row, as long as each has a full load.
-  while (!plan.held && plan.cluster < largest && 2 * shape.rows * plan.cluster <= device.sm_count &&
-         slice_of(2 * plan.cluster) >= kMaxThreads * per_vector * kFewestVectors) {
+  // Fewer rows than half the SMs: more blocks share a row, as long as each has half a load.
+  constexpr int64_t kHalfLoad = kMaxThreads * kFewestVectors / 2;
+  while (plan.cluster < largest && 2 * shape.rows * plan.cluster <= device.sm_count &&
+         slice_of(2 * plan.cluster) >= kHalfLoad * per_vector) {
     plan.cluster *= 2;
   }
   plan.slice = slice_of(plan.cluster);
