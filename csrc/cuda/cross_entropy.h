@@ -374,11 +374,11 @@ struct CrossEntropy {
   }
 
   // The true class's own mass (1 - e) w_y, and its q_y, which adds its share of the smoothing.
-  FASTOPT_MEMBER A true_mass(int64_t y) const {
+  FASTOPT_MEMBER A true_mass(int y) const {
     const A keep = static_cast<A>(p.keep);
     return weight != nullptr && y >= 0 ? product(keep, weight[y]) : keep;
   }
-  FASTOPT_MEMBER A total_mass(int64_t y) const {
+  FASTOPT_MEMBER A total_mass(int y) const {
     if constexpr (!kMass) return true_mass(y);
     const A uniform = static_cast<A>(p.uniform);
     return true_mass(y) + (weight != nullptr ? product(uniform, weight[y]) : uniform);
@@ -471,7 +471,7 @@ struct CrossEntropy {
     A of_true;  // the true class's
   };
   FASTOPT_MEMBER Gradient gradient_of(int64_t r, const Row& row, const Stats& stats) const {
-    Gradient g{upstream(r), stats.max, softmax_factor(stats), 0, 0};
+    Gradient g{row.ignored ? A(0) : upstream(r), stats.max, softmax_factor(stats), 0, 0};
     if constexpr (!kLabels) {
       if (p.target_gradient) g.log_sum = scalar_log(stats.sum);
     } else if (row.y >= 0) {
@@ -487,13 +487,13 @@ struct CrossEntropy {
     return g.up * g.factor * exp_for<T>(x - g.max);
   }
   // d loss / d t_c = up w_c (1 - e) (log(sum) - (x_c - max))
-  FASTOPT_MEMBER A target_gradient(const Gradient& g, A x, int64_t c) const {
+  FASTOPT_MEMBER A target_gradient(const Gradient& g, A x, int c) const {
     return g.up * true_mass(c) * (g.log_sum - (x - g.max));
   }
-  FASTOPT_MEMBER A any_gradient(const Gradient& g, const Row& row, A x, A q, int64_t c) const {
+  FASTOPT_MEMBER A any_gradient(const Gradient& g, const Row& row, A x, A q, int c) const {
     if constexpr (kLabels) {
-      if (row.ignored) return 0;
-      return c == row.y ? g.of_true : logit_gradient(g, x, q);
+      const A other = logit_gradient(g, x, q);  // by a select: threads that branch take turns
+      return c == row.y ? g.of_true : other;
     } else {
       return p.target_gradient ? target_gradient(g, x, c) : logit_gradient(g, x, q);
     }
@@ -968,44 +968,48 @@ struct CrossEntropy {
   // visit(Shape, c) over this thread's classes, up to kStridedClasses in a row.
   template <class F>
   FASTOPT_MEMBER void for_my_classes(const F& visit) const {
-    const int64_t parts = block_size() / p.lanes;
-    for (int64_t c = thread_index() / p.lanes * kStridedClasses; c < p.classes;
-         c += parts * kStridedClasses) {
-      if (c + kStridedClasses <= p.classes) {
-        visit(Shape<1, kStridedClasses>{}, c);
-      } else {
-        for (int64_t last = c; last < p.classes; ++last) visit(Shape<1, 1>{}, last);
-      }
-    }
+    const int classes = static_cast<int>(p.classes), parts = block_size() / p.lanes;
+    int c = thread_index() / p.lanes * kStridedClasses;
+    for (; c + kStridedClasses <= classes; c += parts * kStridedClasses)
+      visit(Shape<1, kStridedClasses>{}, c);
+    const int left = classes - c;  // what is left of the row, for one of the threads
+    if (left <= 0) return;
+    if (left & 4) visit(Shape<1, 4>{}, c);
+    if (left & 2) visit(Shape<1, 2>{}, c + (left & 4));
+    if (left & 1) visit(Shape<1, 1>{}, c + (left & 6));
   }
 
   FASTOPT_MEMBER void strided_row(int64_t r, bool live) {
-    Row row = row_of(label_at(r));
-    const T* const logits = static_cast<const T*>(p.logits) + offset(p.logits_strides, r);
-    load_true_logit(row, logits);
+    const int64_t label = label_at(r);
+    const T* const logits = row_start(r);
     const TT* const target =
         kLabels ? nullptr : static_cast<const TT*>(p.probabilities) + offset(p.target_strides, r);
     const int64_t step = p.logits_strides.cls, target_step = p.target_strides.cls;
-    const bool needed = live && !row.ignored;
 
-    const auto load = [&](auto shape, int64_t c, A* x, A* q) {
-      for (int k = 0; k < shape.count; ++k) x[k] = to_acc(logits[(c + k) * step]);
+    const auto load = [&](auto shape, int c, A* x, A* q) {
+      const T* from = logits + c * step;
+      for (int k = 0; k < shape.count; ++k, from += step) x[k] = to_acc(*from);
       load_masses(shape, target, target_step, c, q);
     };
     Stats stats = empty_stats<A>();
+    Row row;
     if (!p.recompute) {
-      if (needed) {
-        for_my_classes([&](auto shape, int64_t c) {
+      if (live) {
+        for_my_classes([&](auto shape, int c) {
           A x[shape.count], q[shape.count] = {};
           load(shape, c, x, q);
           add<shape.count>(stats, x, q);
         });
       }
+      row = row_of(label);  // not before: the logits do not wait for the label
+      load_true_logit(row, logits);
       stats = complete(merge_parts(stats), row);
       if (live && thread_index() < p.lanes) write_results(r, row, stats);
     } else {
+      row = row_of(label);
+      load_true_logit(row, logits);
       if (!kLabels && !p.target_gradient) {
-        for_my_classes([&](auto shape, int64_t c) {
+        for_my_classes([&](auto shape, int c) {
           A q[shape.count];
           load_masses(shape, target, target_step, c, q);
           for (int k = 0; k < shape.count; ++k) stats.mass += q[k];
@@ -1016,17 +1020,18 @@ struct CrossEntropy {
     }
     if (!live || p.grad == nullptr) return;
     const Gradient g = gradient_of(r, row, stats);
-    const int64_t at = offset(p.grad_strides, r);
-    for_my_classes([&](auto shape, int64_t c) {
+    const int64_t at = offset(p.grad_strides, r), grad_step = p.grad_strides.cls;
+    for_my_classes([&](auto shape, int c) {
       A x[shape.count] = {}, q[shape.count] = {};
-      if (!row.ignored) load(shape, c, x, q);
-      for (int k = 0; k < shape.count; ++k)
-        write_one(at + (c + k) * p.grad_strides.cls, any_gradient(g, row, x[k], q[k], c + k));
+      if (!row.ignored) load(shape, c, x, q);  // else up is 0
+      int64_t to = at + c * grad_step;
+      for (int k = 0; k < shape.count; ++k, to += grad_step)
+        write_one(to, any_gradient(g, row, x[k], q[k], c + k));
     });
   }
 
   template <class S>
-  FASTOPT_MEMBER void load_masses(S shape, const TT* target, int64_t step, int64_t c, A* q) const {
+  FASTOPT_MEMBER void load_masses(S shape, const TT* target, int64_t step, int c, A* q) const {
     if constexpr (kMass) {
       for (int k = 0; k < shape.count; ++k)
         masses<1, Cache::keep>(target, (c + k) * step, false, weight, c + k, false, q + k);
