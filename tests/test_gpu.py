@@ -420,6 +420,72 @@ def test_sgd_in_a_cuda_graph_follows_a_scheduled_lr() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def replay(graph: torch.cuda.CUDAGraph, mine: list[Tensor], twin: torch.optim.SGD) -> None:
+    """Three steps of a captured optimizer and of its twin on the same gradients."""
+    theirs = twin.param_groups[0]["params"]
+    for step in range(3):
+        bring_gradients([theirs], 10 + step)
+        for param, other in zip(mine, theirs, strict=True):
+            param.grad.copy_(other.grad)
+        graph.replay()
+        twin.step()
+    for param, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_sgd_captured_without_a_step_before(loaded: bool, deterministic: bool) -> None:
+    """The captured step is a parameter's first once, or goes on from the momentum loaded before."""
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    warm = make_params(torch.float32)  # compiles Triton's kernels
+    bring_gradients([warm], 0)
+    fastopt.SGD(warm, **options).step()
+    ours = make_params(torch.float32)
+    stock = [param.detach().clone().requires_grad_() for param in ours]
+    optimizer, twin = fastopt.SGD(ours, **options), torch.optim.SGD(stock, **options)
+    bring_gradients([ours, stock], 0)
+    if loaded:
+        twin.step()
+        with torch.no_grad():
+            for param, other in zip(ours, stock, strict=True):
+                param.copy_(other)
+        state = {i: {"momentum_buffer": twin.state[p]["momentum_buffer"].clone()}
+                 for i, p in enumerate(stock)}  # fmt: skip
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    graph = torch.cuda.CUDAGraph()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with torch.cuda.graph(graph):
+            optimizer.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    replay(graph, ours, twin)
+
+
+def test_sgd_graphs_outlive_their_optimizer() -> None:
+    ours = make_params(torch.float32)
+    stock = [param.detach().clone().requires_grad_() for param in ours]
+    options = {"lr": 0.1, "momentum": 0.9}
+    optimizer, twin = fastopt.SGD(ours, **options), torch.optim.SGD(stock, **options)
+    bring_gradients([ours, stock], 0)
+    optimizer.step()
+    twin.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    buffers = [
+        optimizer.state[param]["momentum_buffer"] for param in ours
+    ]  # as torch's graphs need
+    more = make_params(torch.float32, [(5,)])
+    optimizer.add_param_group({"params": more})
+    del optimizer
+    torch.cuda.synchronize()
+    noise = [torch.full((size,), 7) for size in (1, 2, 64, 512)]  # where freed memory was
+    replay(graph, ours, twin)
+    assert all(bool((values == 7).all()) for values in noise) and len(buffers) == len(ours)
+
+
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, 0.5])
 def test_sgd_skips_a_step_that_overflowed(found_inf: float) -> None:
     for first in (True, False):
