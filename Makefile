@@ -114,6 +114,7 @@ gpu-sanitize: gpu-build
 	done
 
 gpu-bench: gpu-build
+	mkdir -p build
 	rm -f build/bench-cuda-*.json build/bench-triton-*.json
 	for family in $(FAMILIES); do \
 	  for op in $(OPS); do \

@@ -200,7 +200,12 @@ def build_cuda_library(strict: bool) -> Path:
             f"the CUDA toolkit in {toolkit} is of a later major version than torch's CUDA"
             f" {torch.cuda}; CUDA_HOME names another"
         )
-    archs = sorted(os.environ.get("FASTOPT_CUDA_ARCHS", "80 90 100").split(), key=int)
+    archs = os.environ.get("FASTOPT_CUDA_ARCHS", "80 90 100").split()
+    if not archs or not all(map(str.isdecimal, archs)):
+        raise CannotBuild(
+            f'FASTOPT_CUDA_ARCHS must be numbers, as "80 90", not {" ".join(archs)!r}'
+        )
+    archs.sort(key=int)
     compiler = [str(toolkit / "bin/nvcc"), *NVCC_FLAGS, *torch.include]
     compiler += [f'-DFASTOPT_CUDA_ARCHS="{" ".join(archs)}"', f"-DFASTOPT_PTX_ARCH={archs[-1]}"]
     compiler += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]

@@ -471,6 +471,7 @@ class DeviceStep:
             or own is None
             or gradient is None
             or not _same_sharding(param, grad)
+            or own.device != self.device
             or not _is_served(own)
             or not _matches(own, gradient)
             or not (group.fits_float or own.dtype is torch.float64)
@@ -533,10 +534,13 @@ class DeviceStep:
             for t in (grad_scale, found_inf)
         )
         run(Launch(self.rows, self.groups, self.started, scale, inf, self.device, self.kept))
-        if self.device.type == "cuda":
-            self.stream = torch.cuda.current_stream(self.device)
         if capturing(self.device):
             captured.append((self.started, self.kept, scale, inf))
+        elif self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            if stream != self.stream:  # freed memory waits for it
+                self.started.record_stream(stream)
+            self.stream = stream
         for i in created:
             state[self.params[i]]["momentum_buffer"] = self.buffers[i]
         if created and (inf is not None or self.kept or capturing(self.device)):

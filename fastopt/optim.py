@@ -109,6 +109,11 @@ def _is_served_gpu(device: torch.device) -> bool:
     )
 
 
+def _has_device_step(param: Tensor) -> bool:
+    """Whether a DeviceStep has room for it. Whether kernels then update it, gather decides."""
+    return _is_served_gpu(param.device) and gpu_step.local(param) is not None
+
+
 def _is_on_gpu(param: Tensor) -> bool:
     return param.device.type == gpu_step.DEVICE_TYPE
 
@@ -280,7 +285,7 @@ class SGD(torch.optim.SGD):
         by_device: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
         for index, group in enumerate(self.param_groups if _is_plain_call() else ()):
             for param in group["params"]:
-                if gpu_step.local(param) is not None and _is_served_gpu(param.device):
+                if _has_device_step(param):
                     params, group_of = by_device.setdefault(param.device, ([], []))
                     params.append(param)
                     group_of.append(index)
@@ -461,7 +466,7 @@ class SGD(torch.optim.SGD):
             by_device: dict[torch.device, list[int]] = {}
             for i in places:
                 param = plan.params[i]
-                if family is not None and _is_served_gpu(param.device):
+                if family is not None and _has_device_step(param):
                     by_device.setdefault(param.device, []).append(i)
                 else:
                     left.append(i)

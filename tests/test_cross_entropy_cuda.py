@@ -697,9 +697,9 @@ def test_one_class_has_no_gradient(emulation: ctypes.CDLL) -> None:
 
 
 def test_nothing_to_do(emulation: ctypes.CDLL) -> None:
-    for shape in [(0, 10), (2, 10, 0)]:
+    for shape in [(0, 10), (2, 10, 0), (2, 0)]:
         logits = torch.empty(shape)
-        target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
+        target = torch.full(shape[:1] + shape[2:], -100)
         for reduction, value in [("mean", math.nan), ("sum", 0.0)]:
             options = {"reduction": reduction, "label_smoothing": 0.1}
             device = Emulation(emulation, H200)

@@ -416,6 +416,30 @@ def check_captures_after_a_change(device: Device) -> None:
     device.check(run)
 
 
+def check_first_step_beside_a_subclass(device: Device) -> None:
+    """A parameter that is torch's does not cost the others their room on the device."""
+    frozen = values(5).as_subclass(Subclass).requires_grad_()
+    param = leaf(values(40))
+    param.grad = values(40, seed=1)
+    with device.in_place():
+        optimizer = fastopt.SGD([param, frozen], **DAMPED)
+        (room,) = optimizer._devices.values()
+        optimizer.step()
+        assert list(optimizer._devices.values()) == [room]
+
+
+def check_parameters_that_move(device: Device) -> None:
+    """The kernels get no address of another device."""
+    param = leaf(values(40))
+    param.grad = values(40, seed=1)
+    with device.in_place():
+        optimizer = fastopt.SGD([param], **DAMPED)
+        optimizer.step()
+        (step,) = optimizer._devices.values()
+        step.device = torch.device("meta")
+        assert step._gather_in_python((param.grad,)) == [0]
+
+
 def check_captured_memory(device: Device) -> None:
     """What a graph addresses outlives the optimizer and its changes; a captured first step leaves
     its buffer as it finds it."""
@@ -715,6 +739,8 @@ CASES: list[Callable[[Device], None]] = [
     check_zero_on_the_device,
     check_replays,
     check_captures_after_a_change,
+    check_first_step_beside_a_subclass,
+    check_parameters_that_move,
     check_captured_memory,
     check_buffers_that_others_made,
     check_empty_parameters,

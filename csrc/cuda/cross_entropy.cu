@@ -58,9 +58,9 @@ struct Launcher {
   template <class Params>
   void operator()(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_bytes,
                   int cluster, const Params& p) const {
-    // Kernels that hold rows: as many blocks on an SM as its shared memory takes, and no L1 beside
-    // them that the driver might prefer. Always the device's most: another thread may be about to
-    // launch the same kernel with more.
+    // Kernels that hold rows or tiles of them: as many blocks on an SM as its shared memory takes,
+    // and no L1 beside them that the driver might prefer. Always the device's most: another thread
+    // may be about to launch the same kernel with more.
     constexpr int64_t kHoldsRows = 8 << 10;
     if (shared_bytes > kHoldsRows) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

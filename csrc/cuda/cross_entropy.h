@@ -3,7 +3,7 @@
 // cross_entropy_plan.h:
 //
 //   packed   few classes: a thread a row. A tile of rows passes through shared memory, there and
-//            back, so that memory is touched in whole words.
+//            back, so that memory is touched in whole words where rows lie side by side.
 //   rows     classes contiguous: a warp, a block or a cluster of blocks per row. Where the gradient
 //            follows the loss, the row waits for it in shared memory: one read and one write per
 //            logit. A row too long for that is read a second time.
@@ -532,6 +532,7 @@ struct CrossEntropy {
   template <int n, class F>
   FASTOPT_MEMBER void for_my_pieces(int rows, const F& visit) const {
     const int pieces = static_cast<int>(p.classes) / n;
+    if (pieces == 0) return;  // no classes
     const int row_step = block_size() / pieces, piece_step = block_size() % pieces;
     int row = thread_index() / pieces, piece = thread_index() % pieces;
     while (row < rows) {

@@ -112,7 +112,9 @@ FASTOPT_RULE constexpr int packed_pitch(int classes, int per_word) {
 }
 // packed: shared memory for a tile of one tensor, wherever between two words it begins.
 FASTOPT_RULE constexpr int64_t packed_bytes(int64_t rows, int64_t classes, int64_t element_bytes) {
-  return element_bytes == 0 ? 0 : ceil_div(rows * (classes * element_bytes + 16), 16) * 16 + 16;
+  const int64_t row = classes * element_bytes;
+  const int64_t apart = row % 16 == 0 ? (row / 16 | 1) * 16 : row;
+  return element_bytes == 0 ? 0 : ceil_div(rows * apart, 16) * 16 + 16;
 }
 
 inline CrossEntropyPlan plan_packed(const CrossEntropyShape& shape, const DeviceLimits& device,
@@ -120,7 +122,8 @@ inline CrossEntropyPlan plan_packed(const CrossEntropyShape& shape, const Device
   CrossEntropyPlan plan{};
   plan.kernel = CrossEntropyKernel::packed;
   plan.cluster = plan.lanes = 1;
-  const int64_t row_bytes = shape.classes * (shape.logit_bytes + shape.target_bytes);
+  const int64_t row_bytes =
+      std::max<int64_t>(shape.classes * (shape.logit_bytes + shape.target_bytes), 1);
   const int64_t comfortable = device.shared_per_sm / kPackedBlocks - kReservedShared;
   const auto bytes_of = [&](int64_t rows) {
     return fixed_bytes + packed_bytes(rows, shape.classes, shape.logit_bytes) +
@@ -130,7 +133,10 @@ inline CrossEntropyPlan plan_packed(const CrossEntropyShape& shape, const Device
   while (plan.threads > kWarpSize && bytes_of(plan.threads) > comfortable) plan.threads /= 2;
   int64_t each = std::clamp<int64_t>(kPackedLoad / row_bytes, 1, kPackedRows);
   // Few rows: a tile for every SM first.
-  while (each > 1 && shape.rows < device.sm_count * plan.threads * each) each /= 2;
+  while (each > 1 && (bytes_of(plan.threads * each) > comfortable ||
+                      shape.rows < device.sm_count * plan.threads * each)) {
+    each /= 2;
+  }
   while (plan.threads > kWarpSize && shape.rows < device.sm_count * plan.threads) plan.threads /= 2;
   plan.slice = plan.threads * each;
   plan.shared_bytes = bytes_of(plan.slice);
