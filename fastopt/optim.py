@@ -341,10 +341,11 @@ class SGD(torch.optim.SGD):
             if self.state.get(param, {}).get("momentum_buffer") is buffer
         ]
 
-    def _drop_unstarted(self, params: Sequence[Tensor]) -> None:
+    def _drop_unstarted(self, params: Iterable[Tensor]) -> None:
         """Before torch's path takes these parameters."""
-        taken = set(map(id, params))
-        for param in self._unstarted():
+        unstarted = self._unstarted()
+        taken = set(map(id, params)) if unstarted else set()
+        for param in unstarted:
             if id(param) in taken:
                 del self.state[param]["momentum_buffer"]
 
@@ -388,7 +389,7 @@ class SGD(torch.optim.SGD):
         if built and _is_plain_call() and not self.defaults["differentiable"]:
             self._kernel_step(grad_scale, found_inf)
         elif not _overflowed(found_inf):
-            self._drop_unstarted(list(chain.from_iterable(map(_get_params, self.param_groups))))
+            self._drop_unstarted(chain.from_iterable(map(_get_params, self.param_groups)))
             inv_scale = _inv_scale(grad_scale)
             for group in self.param_groups:
                 self._torch_step(group, group["params"], inv_scale=inv_scale)
@@ -489,7 +490,7 @@ class SGD(torch.optim.SGD):
                 own_grads, own_buffers = (tuple(t[i] for i in own) for t in (grads, buffers))
             left += [own[i] for i in step.gather(self.param_groups, own_grads, own_buffers)]
         if left and not _overflowed(found_inf):
-            self._drop_unstarted([plan.params[i] for i in left])
+            self._drop_unstarted(plan.params[i] for i in left)
             inv_scale = _inv_scale(grad_scale)
             by_group: dict[int, list[Tensor]] = {}
             for i in left:

@@ -436,6 +436,18 @@ def test_every_branch(emulation: ctypes.CDLL, name: str) -> None:
     check_indices(emulation, device, logits, OPTIONS["plain"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_many_vectors_a_lane(emulation: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Rows enough to fill the device: few lanes take a row, with several vectors under way."""
+    logits = make_logits((40, 1999), dtype)
+    loss, gradient, *_ = check_indices(emulation, FEW_SMS, logits, OPTIONS["plain"])
+    for plan, held in ((loss, 0), (gradient, 1)):
+        assert (plan.kernel, plan.held, plan.cluster) == (ROWS, held, 1)
+        assert 4 * plan.lanes * (16 // dtype.itemsize) <= 1999
+    check_indices(emulation, FEW_SMS, logits, EVERYTHING)
+    check(emulation, FEW_SMS, logits, make_probabilities(logits))
+
+
 SPREAD = Device(64, 227 << 10, 228 << 10, True)
 
 

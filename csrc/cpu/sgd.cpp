@@ -295,12 +295,12 @@ void run_blocks(const SgdTable& table, int64_t begin, int64_t end) {
 // Both return without an exception: ctypes could not carry one. Not torch ops: those can be called
 // by anyone, and a table of addresses cannot be checked.
 
-// Fills rows and verdicts; returns the union of the verdicts. To be called with Python's lock held.
 // Python compares: a library left over from other sources would read another table.
 extern "C" __attribute__((visibility("default"))) int64_t fastopt_sgd_table_bytes() {
   return sizeof(fastopt::SgdTable);
 }
 
+// Fills rows and verdicts; returns the union of the verdicts. To be called with Python's lock held.
 extern "C" __attribute__((visibility("default"))) int64_t
 fastopt_sgd_gather_cpu(fastopt::SgdTable* table) noexcept {
   using namespace fastopt;

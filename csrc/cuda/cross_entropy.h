@@ -115,36 +115,33 @@ FASTOPT_DEVICE void store_scalar(void* p, Element type, double value) {
   }
 }
 
-// Sums and maxima over `lanes` (a power of two up to 32) neighbouring lanes: the same in each.
+// Sums and maxima over a warp: the same in each lane.
 template <class V>
-FASTOPT_DEVICE V sum_of_lanes(V value, int lanes) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+FASTOPT_DEVICE V sum_of_warp(V value) {
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
 template <class A>
-FASTOPT_DEVICE A max_of_lanes(A value, int lanes) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) value = larger(shuffle_xor(value, mask), value);
+FASTOPT_DEVICE A max_of_warp(A value) {
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
+    value = larger(shuffle_xor(value, mask), value);
   return value;
-}
-// Of statistics that share one maximum.
-template <bool kMass, class A>
-FASTOPT_DEVICE RowStats<A> sum_of_lanes(RowStats<A> stats, int lanes) {
-  stats.sum = sum_of_lanes(stats.sum, lanes);
-  if constexpr (kMass) {
-    stats.dot = sum_of_lanes(stats.dot, lanes);
-    stats.mass = sum_of_lanes(stats.mass, lanes);
-  }
-  return stats;
 }
 template <bool kMass, class A>
 FASTOPT_DEVICE RowStats<A> merge_lanes(RowStats<A> stats) {
-  return sum_of_lanes<kMass>(rebase(stats, max_of_lanes(stats.max, kWarpSize)), kWarpSize);
+  stats = rebase(stats, max_of_warp(stats.max));
+  stats.sum = sum_of_warp(stats.sum);
+  if constexpr (kMass) {
+    stats.dot = sum_of_warp(stats.dot);
+    stats.mass = sum_of_warp(stats.mass);
+  }
+  return stats;
 }
 
 // The sum over a block of at most 32 warps, for its first thread. `scratch`: one per warp.
 FASTOPT_DEVICE double sum_of_block(double value, double* scratch) {
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
-  value = sum_of_lanes(value, kWarpSize);
+  value = sum_of_warp(value);
   if (lane == 0) scratch[warp] = value;
   sync_block();
   if (thread_index() == 0)
@@ -156,7 +153,7 @@ FASTOPT_DEVICE double sum_of_block(double value, double* scratch) {
 FASTOPT_DEVICE double sum_of_parts(const double* parts, int64_t count) {
   double sum = 0;
   for (int64_t i = thread_index() % kWarpSize; i < count; i += kWarpSize) sum += parts[i];
-  return sum_of_lanes(sum, kWarpSize);
+  return sum_of_warp(sum);
 }
 
 // The elements of a word.
@@ -198,22 +195,15 @@ FASTOPT_DEVICE Words pack(const Acc<U>* values) {
   memcpy(&words, some, sizeof(words));
   return words;
 }
-template <int n, class U>
-FASTOPT_DEVICE void store_some(U* p, const Acc<U>* values) {  // n > 1: p is aligned
-  if constexpr (n * sizeof(U) % sizeof(Words) == 0) {
-    constexpr int kPer = sizeof(Words) / sizeof(U);
-    for (int i = 0; i < n; i += kPer) store_words_streaming(p + i, pack<U>(values + i));
-  } else {
-    for (int i = 0; i < n; ++i) p[i] = from_acc<U>(values[i]);
-  }
-}
-// The same into shared memory.
-template <int n, class U>
-FASTOPT_DEVICE void keep_some(U* p, bool aligned, const Acc<U>* values) {
+template <int n, Cache kCache, class U>
+FASTOPT_DEVICE void store_some(U* p, bool aligned, const Acc<U>* values) {
   if constexpr (n * sizeof(U) % sizeof(Words) == 0) {
     if (aligned) {
       constexpr int kPer = sizeof(Words) / sizeof(U);
-      for (int i = 0; i < n; i += kPer) store_words(p + i, pack<U>(values + i));
+      for (int i = 0; i < n; i += kPer) {
+        const Words words = pack<U>(values + i);
+        kCache == Cache::keep ? store_words(p + i, words) : store_words_streaming(p + i, words);
+      }
       return;
     }
   }
@@ -553,7 +543,6 @@ struct CrossEntropy {
                                int64_t first, int rows, const F& copy) const {
     constexpr int kPer = static_cast<int>(sizeof(Words) / sizeof(U));
     U* const start = memory + offset(strides, first);
-    const auto in_memory = [&](int row) { return memory + offset(strides, first + row); };
     const int64_t step = p.positions == 1 ? strides.batch : 0;  // from row to row, where it is one
     const bool aligned = is_aligned(start) && step * static_cast<int64_t>(sizeof(U)) % 16 == 0;
     if (tile.words && step != 0 && aligned) {
@@ -567,7 +556,8 @@ struct CrossEntropy {
           [&](auto shape, int c, int) { copy(shape, tile.rows + c, start + c); });
     } else {
       for_my_pieces<1>(rows, [&](int row, int c) {
-        copy(Shape<1, 1>{}, tile.rows + row * tile.pitch + c, in_memory(row) + c);
+        copy(Shape<1, 1>{}, tile.rows + row * tile.pitch + c,
+             memory + offset(strides, first + row) + c);
       });
     }
   }
@@ -589,7 +579,7 @@ struct CrossEntropy {
         *to = *from;
       }
     };
-    for (int64_t first = static_cast<int64_t>(block_index()) * tile_rows; first < rows();
+    for (int64_t first = block_index() * tile_rows; first < rows();
          first += grid_size() * tile_rows) {
       const int64_t left = rows() - first;
       const int rows = static_cast<int>(left < tile_rows ? left : tile_rows);
@@ -650,7 +640,7 @@ struct CrossEntropy {
         add_below_max<shape.count>(stats, values, q);
       });
       row = row_of(label);  // not before: the label has had time to arrive
-      if (row.y >= 0) row.true_logit = x[row.y];
+      load_true_logit(row, x);
       stats = complete(stats, row);
       write_results(r, row, stats);
     } else {
@@ -665,7 +655,7 @@ struct CrossEntropy {
         }
       }
       row = row_of(label);
-      if (row.y >= 0) row.true_logit = x[row.y];
+      load_true_logit(row, x);
       stats = recall(r, row, mass);
     }
     if (p.grad == nullptr) return;
@@ -676,7 +666,7 @@ struct CrossEntropy {
           A values[shape.count];
           load(shape, c, values);
           for (int k = 0; k < shape.count; ++k) values[k] = target_gradient(g, values[k], c + k);
-          keep_some<shape.count>(t + c, t_words, values);
+          store_some<shape.count, Cache::keep>(t + c, t_words, values);
         });
       }
     }
@@ -686,7 +676,7 @@ struct CrossEntropy {
       load_masses(shape, c, q);
       for (int k = 0; k < shape.count; ++k)
         values[k] = row.ignored ? A(0) : logit_gradient(g, values[k], q[k]);
-      keep_some<shape.count>(x + c, x_words, values);
+      store_some<shape.count, Cache::keep>(x + c, x_words, values);
     });
     if (row.y >= 0) x[row.y] = from_acc<T>(g.of_true);
   }
@@ -903,8 +893,9 @@ struct CrossEntropy {
     if (row.ignored) {
       const A zeros[kGradSize] = {};
       return for_my_elements<kGradSize, 1>(
-          s.count, head, lane, p.lanes,
-          [&](auto shape, int c, int) { store_some<shape.count>(grad + c, zeros); });
+          s.count, head, lane, p.lanes, [&](auto shape, int c, int) {
+            store_some<shape.count, Cache::stream>(grad + c, true, zeros);
+          });
     }
     // Asked once a row, not once a vector; beside masses two loops would need more registers.
     const bool x_aligned = is_aligned(s.x + head);
@@ -947,7 +938,7 @@ struct CrossEntropy {
                 for (int k = 0; k < n; ++k) values[k] = k == at ? g.of_true : values[k];
               }
             }
-            store_some<n>(grad + c, values);
+            store_some<n, Cache::stream>(grad + c, true, values);
           }
         });
   }
@@ -1152,7 +1143,8 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads)
         for (int i = 0; i < shape.vectors; ++i)
           load_some<n, Cache::stream>(values + first + i * step, true, v + i * n);
         for (int i = 0; i < shape.count; ++i) v[i] *= factor;
-        for (int i = 0; i < shape.vectors; ++i) store_some<n>(values + first + i * step, v + i * n);
+        for (int i = 0; i < shape.vectors; ++i)
+          store_some<n, Cache::stream>(values + first + i * step, true, v + i * n);
       });
 }
 
