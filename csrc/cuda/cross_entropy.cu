@@ -50,7 +50,7 @@ struct Launcher {
 
   explicit Launcher(int32_t device) : guard(device), limits(limits_of(device)) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
     STD_CUDA_CHECK(cudaSetDevice(device));  // this library links a CUDA runtime of its own
   }

@@ -73,7 +73,7 @@ inline Place place_of(const Tensor& t) {
   // Asking torch for the index costs more than knowing that the CPU has but one.
   if (t.is_cpu()) return {aoti_torch_device_type_cpu(), 0};
   int32_t type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
   return {type, t.get_device_index()};
 }
 
@@ -94,7 +94,7 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
       dtype = aoti_torch_dtype_float32();
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
                                                          sizes.data(), strides.data(), dtype,
                                                          place.type, place.index, &handle));
   return Tensor(handle);
