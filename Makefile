@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# What `make headers` compiles against: the oldest torch we serve, the next, and the newest there is.
+HEADERS ?= 2.10.0 2.11.0 newest
 # For its interpreter and its compiler, beside a torch that does not bring one.
 TRITON ?= 3.9.0
 # That of torch 2.10 and 2.11, the oldest that our kernels have to compile with.
@@ -34,7 +36,7 @@ export PYTHONSAFEPATH := 1
 GPU_PYTEST += --override-ini=pythonpath=
 endif
 
-.PHONY: demo test bench build lint format sanitize wheel clean
+.PHONY: demo test bench build lint format headers sanitize wheel clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 demo: build
@@ -69,6 +71,10 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
+
+# make headers HEADERS="2.12.1 2.13.0": against the headers of any torch, downloaded once.
+headers: .venv/.installed
+	$(BIN)/python -m tools.headers $(HEADERS)
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself is not
 # instrumented, so the runtime is preloaded, and libstdc++ with it: without that the runtime

@@ -156,6 +156,21 @@ def cpu_units() -> Iterator[tuple[Path, str, list[str]]]:
             yield source, f"{source.stem}.o", []
 
 
+def cuda_units() -> Iterator[tuple[Path, str, list[str]]]:
+    """The same for the CUDA library."""
+    for source in sorted(Path("csrc/cuda").glob("*.cu")):
+        yield source, f"{source.stem}.o", []
+
+
+def cuda_compiler(torch: Torch, toolkit: Path, archs: list[str], strict: bool) -> list[str]:
+    compiler = [str(toolkit / "bin/nvcc"), *NVCC_FLAGS, *torch.include]
+    compiler += [f'-DFASTOPT_CUDA_ARCHS="{" ".join(archs)}"', f"-DFASTOPT_PTX_ARCH={archs[-1]}"]
+    compiler += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    compiler += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    compiler += ["-Werror=all-warnings"] if strict else []
+    return compiler
+
+
 def run(command: list[str], output: Path) -> None:
     """Run a compiler or linker call. Its output appears whole, dated to the start of the call: an
     interrupted build, a second build beside it or an edit in mid-compilation does no harm."""
@@ -206,14 +221,11 @@ def build_cuda_library(strict: bool) -> Path:
             f'FASTOPT_CUDA_ARCHS must be numbers, as "80 90", not {" ".join(archs)!r}'
         )
     archs.sort(key=int)
-    compiler = [str(toolkit / "bin/nvcc"), *NVCC_FLAGS, *torch.include]
-    compiler += [f'-DFASTOPT_CUDA_ARCHS="{" ".join(archs)}"', f"-DFASTOPT_PTX_ARCH={archs[-1]}"]
-    compiler += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    compiler += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-    compiler += ["-Werror=all-warnings"] if strict else []
-    units = [(source, f"{source.stem}.o", []) for source in sorted(Path("csrc/cuda").glob("*.cu"))]
+    compiler = cuda_compiler(torch, toolkit, archs, strict)
     link = [*find_compiler(), "-shared", f"-L{torch.folder / 'lib'}", f"-L{toolkit / 'lib64'}"]
-    return build(torch, compiler, units, link, CUDA_LIBRARIES, Path("build/cuda/_CUDA.so"))
+    return build(
+        torch, compiler, list(cuda_units()), link, CUDA_LIBRARIES, Path("build/cuda/_CUDA.so")
+    )
 
 
 def build(
@@ -338,10 +350,11 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[
-        Extension("fastopt._C", [str(source) for source, _, _ in cpu_units()]),
-        Extension("fastopt._CUDA", [str(source) for source in Path("csrc/cuda").glob("*.cu")]),
-    ],
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":  # tools/ imports what stands above
+    setup(
+        ext_modules=[
+            Extension("fastopt._C", [str(source) for source, _, _ in cpu_units()]),
+            Extension("fastopt._CUDA", [str(source) for source, _, _ in cuda_units()]),
+        ],
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+    )
