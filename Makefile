@@ -88,10 +88,10 @@ sanitize: build
 	$(PYTEST) $(SANITIZE_TESTS) -m "not slow"
 
 # build/lib* is setuptools' own copy of the package, which keeps modules that were deleted since.
-wheel: .venv/.installed
+wheel: build
 	rm -rf dist build/lib*
 	FASTOPT_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
-	$(PYTEST) tests/test_packaging.py
+	$(PYTEST) tests/test_packaging.py tests/test_install.py
 
 # Everything that only hardware can show. The parts can be run alone.
 gpu: gpu-test gpu-sanitize gpu-bench
@@ -136,7 +136,7 @@ build/triton-$(OLD_TRITON): | .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OLD_TRITON)
 
 clean:
-	rm -rf build dist *.egg-info fastopt/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info fastopt/*.so fastopt/_build.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find fastopt tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: requirements-dev.txt pyproject.toml Makefile

@@ -1,5 +1,6 @@
-"""Build fastopt: a Python package, its CPU kernels (fastopt/_C.so) where torch and a C++ compiler
-are found, and its CUDA kernels (fastopt/_CUDA.so) where torch is one for CUDA and nvcc is found.
+"""Build fastopt: a Python package, its CPU kernels (fastopt/_C.so), its CUDA kernels
+(fastopt/_CUDA.so) where torch is one for CUDA and nvcc is found, and a record of what was built
+(fastopt/_build.json), which fastopt/ops.py reads.
 
 The kernels touch torch only through its stable C ABI. So one library serves every torch >= 2.10
 and every Python, and building it takes torch's headers, a few -l flags and nothing else: the
@@ -9,10 +10,14 @@ compilers are called directly, in parallel, for what changed. Environment:
     CUDA_HOME           CUDA toolkit, /usr/local/cuda unless set
     FASTOPT_CUDA_ARCHS  GPUs to compile for, "80 90 100" unless set; the newest also as PTX, from
                         which the driver compiles for newer ones
-    FASTOPT_BUILD       cpu: the CPU kernels must build, no CUDA kernels; cuda: both must build,
-                        whatever torch is for. Warnings are then errors.
-                        unset: say what cannot be built and why, and go on without it;
-                        the package then works through torch's own kernels
+    FASTOPT_BUILD       cpu: the CPU kernels alone; cuda: both, whatever torch is for; in both
+                        cases warnings of the compilers are errors. none: no kernels, torch's own
+                        do the work.
+                        unset: on Linux the CPU kernels, and CUDA's where there is something to
+                        build them with and for; elsewhere none.
+                        What has to be built and cannot be ends the build, with one paragraph
+                        about what is missing and what mends it.
+    FORCE_CUDA          1: FASTOPT_BUILD=cuda, as other libraries for torch have it
     FASTOPT_SANITIZE    1: build build/sanitize/_C.so instead, with address and undefined-behaviour
                         sanitizers (`make sanitize`; FASTOPT_LIBRARY=PATH loads it)
 """
@@ -20,6 +25,7 @@ compilers are called directly, in parallel, for what changed. Environment:
 import filecmp
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -27,19 +33,31 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+# That of pyproject.toml, for builds that are not isolated. Those of Python 3.10's and 3.11's venv
+# know neither its license nor bdist_wheel. torch 2.11 wants one below 82.
+SETUPTOOLS = "setuptools>=77,<82"
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"fastopt: setuptools {setuptools.__version__} is too old to build it;"
+        f' upgrade it by: pip install "{SETUPTOOLS}"'
+    )
+from setuptools.command.bdist_wheel import bdist_wheel
 
 os.chdir(Path(__file__).resolve().parent)  # so that sources are named the same wherever we start
 
+VERSION = re.findall(
+    r'^__version__ = "(.+)"', Path("fastopt/__init__.py").read_text(), re.MULTILINE
+)[0]
 MINIMUM_TORCH = (2, 10)
 FLAGS = [
     "-std=c++17",
@@ -52,6 +70,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    f'-DFASTOPT_VERSION="{VERSION}"',
 ]
 OPTIMIZE = ["-O3"]
 SANITIZE = [
@@ -69,6 +88,7 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-DUSE_CUDA",  # else torch's headers hide the current stream
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    f'-DFASTOPT_VERSION="{VERSION}"',
 ]
 # libtorch alone is linked: it exists in every torch, and in one for CUDA it brings the libraries
 # that hold the CUDA part of the stable ABI.
@@ -81,8 +101,26 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     SIMD_LEVELS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
 
 
+# An isolated build sees no torch but pip's, so what has to be there is installed first.
+AGAIN = "`pip install --no-build-isolation .`"
+WITH_TORCH = (
+    f'`pip install "torch>={".".join(map(str, MINIMUM_TORCH))}" "{SETUPTOOLS}"`, then {AGAIN}'
+    " (with uv: `uv pip install` for both)"
+)
+
+
 class CannotBuild(Exception):
-    """Why the kernels cannot be built here, in words for the user."""
+    """Why the kernels cannot be built here, in words for the user, what mends it, and what a
+    compiler has to say about it."""
+
+    def __init__(self, reason: str, mend: str, output: str = "") -> None:
+        super().__init__(reason)
+        self.mend = mend
+        self.output = output
+
+
+class NoCuda(CannotBuild):
+    """There is nothing to build CUDA kernels with or for: an error only if they were asked for."""
 
 
 class Torch(NamedTuple):
@@ -100,24 +138,36 @@ class Torch(NamedTuple):
         return ["-Icsrc", *(word for path in paths for word in ("-isystem", str(path)))]
 
 
-def find_torch() -> Torch:
+def torch_folders() -> Iterator[Path]:
     spec = importlib.util.find_spec("torch")
-    folders = [Path(spec.origin).parent] if spec and spec.origin else []
-    # pip's isolated build hides the environment's torch from sys.path. Its headers are all we
-    # need, and they stay in the interpreter's own site-packages.
-    folders += [Path(sysconfig.get_path(name), "torch") for name in ("platlib", "purelib")]
-    for folder in folders:
-        if not (folder / "include/torch/csrc/stable/library.h").exists():
+    if spec and spec.origin:
+        yield Path(spec.origin).parent
+    # pip's isolated build hides the environment's torch by way of PYTHONPATH. Its headers are all
+    # we need, and this interpreter, started without such variables, knows where they are.
+    ask = "from importlib.util import find_spec; print(find_spec('torch').origin)"
+    answer = subprocess.run(
+        [sys.executable, "-E", "-c", ask], check=False, capture_output=True, text=True
+    )
+    if answer.returncode == 0:
+        yield Path(answer.stdout.strip()).parent
+
+
+def find_torch() -> Torch:
+    wanted = ".".join(map(str, MINIMUM_TORCH))
+    reason = f"no torch >= {wanted} was found by {sys.executable} (nor seen from an isolated build)"
+    for folder in torch_folders():
+        if not (folder / "version.py").exists():
             continue
         text = (folder / "version.py").read_text()
         version = re.search(r"__version__ = '(.+?)'", text)
         cuda = re.search(r"^cuda.* = '(.+?)'", text, re.MULTILINE)
-        if version and tuple(map(int, version[1].split(".")[:2])) >= MINIMUM_TORCH:
+        if not version or tuple(map(int, version[1].split(".")[:2])) < MINIMUM_TORCH:
+            reason = f"{folder} holds torch {version and version[1]}, and {wanted} is the oldest"
+        elif not (folder / "include/torch/csrc/stable/library.h").exists():
+            reason = f"torch {version[1]} in {folder} has no C++ headers"
+        else:
             return Torch(folder, version[1], cuda[1] if cuda else None)
-    raise CannotBuild(
-        f"torch >= {'.'.join(map(str, MINIMUM_TORCH))} was not found by {sys.executable};"
-        " install it first, and build with `pip install --no-build-isolation .`"
-    )
+    raise CannotBuild(reason, WITH_TORCH)
 
 
 def find_compiler() -> list[str]:
@@ -127,8 +177,9 @@ def find_compiler() -> list[str]:
         if shutil.which(words[0]):
             return words
     raise CannotBuild(
-        f"no C++ compiler was found ({named or 'g++'} is not on PATH);"
-        " on Debian and Ubuntu: apt install g++"
+        f"no C++ compiler was found ({named or 'g++'} is not on PATH)",
+        f"`apt install g++` (Debian, Ubuntu) or `dnf install gcc-c++` (Fedora), then {AGAIN};"
+        " CXX names another compiler",
     )
 
 
@@ -138,7 +189,9 @@ def find_cuda() -> Path:
     toolkit = Path(named or "/usr/local/cuda")
     if (toolkit / "bin/nvcc").exists() and (toolkit / "include/cuda_runtime.h").exists():
         return toolkit
-    raise CannotBuild(f"no CUDA toolkit was found in {toolkit}; CUDA_HOME names another place")
+    raise NoCuda(
+        f"no CUDA toolkit was found in {toolkit}", f"`CUDA_HOME=/path/to/cuda` before {AGAIN}"
+    )
 
 
 def cuda_major(toolkit: Path) -> int:
@@ -181,7 +234,12 @@ def run(command: list[str], output: Path) -> None:
         command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if result.returncode:
-        raise CannotBuild(f"this command failed:\n{shlex.join(command)}\n{result.stdout}")
+        raise CannotBuild(
+            f"this command failed, with the output above: {shlex.join(command)}",
+            "another compiler may do (g++ 11 or clang 14 and later):"
+            " `CXX=clang++ pip install --no-build-isolation .`",
+            result.stdout,
+        )
     if result.stdout:
         print(result.stdout, file=sys.stderr)  # warnings
     os.utime(unfinished, (start, start))
@@ -207,19 +265,18 @@ def _build_cpu_library(flags: list[str], folder: Path) -> Path:
 def build_cuda_library(strict: bool) -> Path:
     torch = find_torch()
     if torch.cuda is None and not strict:
-        raise CannotBuild(f"torch {torch.version} is not one for CUDA")
+        raise NoCuda(f"torch {torch.version} is not one for CUDA", WITH_TORCH)
     toolkit = find_cuda()
     if torch.cuda is not None and cuda_major(toolkit) > int(torch.cuda.split(".")[0]):
         # We link a runtime of this toolkit; a driver that is new enough for torch may refuse it.
-        raise CannotBuild(
+        raise NoCuda(
             f"the CUDA toolkit in {toolkit} is of a later major version than torch's CUDA"
-            f" {torch.cuda}; CUDA_HOME names another"
+            f" {torch.cuda}",
+            f"`CUDA_HOME=/path/to/another` before {AGAIN}",
         )
     archs = os.environ.get("FASTOPT_CUDA_ARCHS", "80 90 100").split()
     if not archs or not all(map(str.isdecimal, archs)):
-        raise CannotBuild(
-            f'FASTOPT_CUDA_ARCHS must be numbers, as "80 90", not {" ".join(archs)!r}'
-        )
+        raise SystemExit(f'FASTOPT_CUDA_ARCHS must be numbers, as "80 90", not {" ".join(archs)!r}')
     archs.sort(key=int)
     compiler = cuda_compiler(torch, toolkit, archs, strict)
     link = [*find_compiler(), "-shared", f"-L{torch.folder / 'lib'}", f"-L{toolkit / 'lib64'}"]
@@ -279,56 +336,88 @@ def place(library: Path, target: Path) -> None:
     os.replace(fresh, target)
 
 
-# What is built, and under which FASTOPT_BUILD it has to be.
-BUILDERS = {
-    "fastopt._C": (build_cpu_library, ("cpu", "cuda")),
-    "fastopt._CUDA": (build_cuda_library, ("cuda",)),
+BUILDERS = {"fastopt._C": build_cpu_library, "fastopt._CUDA": build_cuda_library}
+# What to do without the kernels that cannot be built.
+WITHOUT = {
+    "fastopt._C": "`FASTOPT_BUILD=none pip install .` installs fastopt for torch's own kernels only",
+    "fastopt._CUDA": "`FASTOPT_BUILD=cpu pip install .` builds the CPU kernels alone,"
+    " `FASTOPT_BUILD=none pip install .` none at all",
 }
+RECORD = Path("fastopt/_build.json")
+
+
+def asked_for() -> str:
+    """What FASTOPT_BUILD says: none, cpu, cuda or nothing."""
+    asked = os.environ.get("FASTOPT_BUILD", "")
+    if asked not in ("", "none", "cpu", "cuda"):
+        raise SystemExit(f"FASTOPT_BUILD must be none, cpu, cuda or unset, got {asked!r}")
+    return "cuda" if not asked and os.environ.get("FORCE_CUDA") == "1" else asked
+
+
+def left_out(name: str, asked: str) -> str | None:
+    """Why this library is not even tried."""
+    if asked == "none" or (asked == "cpu" and name == "fastopt._CUDA"):
+        return f"FASTOPT_BUILD={asked}"
+    if not asked and platform.system() != "Linux":
+        return f"fastopt has no kernels for {platform.system()} yet"
+    return None
 
 
 class BuildLibraries(build_ext):
-    """Builds each library of the package that can be built here."""
+    """Builds each library of the package that can be built here, or says why it has to be and
+    cannot. setuptools' own compilers have no part in it."""
 
     def run(self) -> None:
         if os.environ.get("FASTOPT_SANITIZE") == "1":
             place(build_sanitized_library(), Path("build/sanitize/_C.so"))
-        else:
-            super().run()
+            return
+        asked = asked_for()
+        reasons = {}
+        for ext in self.extensions:
+            target = Path(self.build_lib, self.get_ext_filename(ext.name))
+            reason = self.build_library(ext.name, asked, target)
+            if reason is not None:
+                reasons[ext.name] = reason
+                target.unlink(missing_ok=True)  # never ship what an earlier build left there
+                print(f"fastopt: without {target.name}: {reason}", file=sys.stderr)
+        self.extensions = [ext for ext in self.extensions if ext.name not in reasons]
+        self.distribution.ext_modules = self.extensions
 
-    def build_extension(self, ext: Extension) -> None:
-        asked = os.environ.get("FASTOPT_BUILD", "")
-        if asked not in ("", "cpu", "cuda"):
-            raise SystemExit(f"FASTOPT_BUILD must be cpu, cuda or unset, got {asked!r}")
-        builder, needed_for = BUILDERS[ext.name]
-        strict = asked in needed_for
-        target = Path(self.get_ext_fullpath(ext.name))
+        built = [ext.name for ext in self.extensions]
+        kernels = "cuda" if "fastopt._CUDA" in built else "cpu" if built else "none"
+        record = {"version": VERSION, "asked": asked, "kernels": kernels, "left_out": reasons}
+        target = Path(self.build_lib, RECORD)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(record, indent=1) + "\n")
+        if self.inplace:
+            self.copy_extensions_to_source()
+
+    def build_library(self, name: str, asked: str, target: Path) -> str | None:
+        """Builds it, or returns why the package does without it."""
+        reason = left_out(name, asked)
+        if reason is not None:
+            return reason
         try:
-            if asked and not strict:
-                raise CannotBuild(f"FASTOPT_BUILD={asked}")
-            place(builder(strict), target)
-        except CannotBuild as reason:
-            if strict:
-                raise SystemExit(f"fastopt: {target.name} was not built: {reason}") from None
-            if ext.name == "fastopt._C":
-                print(
-                    f"\nfastopt: BUILDING WITHOUT THE CPU KERNELS: {reason}\n"
-                    "The package works all the same, with torch's own kernels.\n",
-                    file=sys.stderr,
-                )
-            elif not asked:
-                print(f"fastopt: no CUDA kernels: {reason}", file=sys.stderr)
-            target.unlink(missing_ok=True)  # never ship what an earlier build left there
-            self.distribution.ext_modules = [
-                other for other in self.distribution.ext_modules if other is not ext
-            ]
+            place(BUILDERS[name](strict=asked != ""), target)
+        except CannotBuild as error:
+            if not asked and isinstance(error, NoCuda):
+                return str(error)
+            raise SystemExit(
+                f"{error.output}\nfastopt: {target.name} cannot be built: {error}.\n"
+                f"To mend that: {error.mend}.\nTo do without: {WITHOUT[name]}."
+            ) from None
+        return None
 
     def get_ext_filename(self, fullname: str) -> str:
         # Not a Python module: no interpreter's suffix.
         return os.path.join(*fullname.split(".")) + ".so"
 
+    def get_output_mapping(self) -> dict[str, str]:  # what editable_mode=strict links to
+        mapping: dict[str, str] = super().get_output_mapping()
+        return mapping | {str(Path(self.build_lib, RECORD)): str(RECORD)}
+
     def copy_extensions_to_source(self) -> None:  # --inplace and editable installs
-        for ext in self.extensions:
-            target = Path(self.get_ext_filename(ext.name))
+        for target in (*map(Path, map(self.get_ext_filename, BUILDERS)), RECORD):
             built = Path(self.build_lib, target)
             if built.exists():
                 place(built, target)

@@ -1,7 +1,11 @@
 """fastopt: drop-in, faster cross-entropy loss and SGD for PyTorch."""
 
+__version__ = "0.1.0"  # before the imports: ops.py compares it with that of the libraries
+
 from fastopt.loss import CrossEntropyLoss, cross_entropy
+from fastopt.ops import MissingKernelsWarning, warn_of_missing_kernels
 from fastopt.optim import SGD
 
-__version__ = "0.1.0"
-__all__ = ["SGD", "CrossEntropyLoss", "cross_entropy"]
+__all__ = ["SGD", "CrossEntropyLoss", "MissingKernelsWarning", "cross_entropy"]
+
+warn_of_missing_kernels()

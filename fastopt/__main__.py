@@ -1,13 +1,14 @@
 """`python -m fastopt`: what was built, which kernel serves which device here, and why the rest
-is missing."""
+is missing. The exit status is 1 where kernels are missing that could serve here."""
 
 import os
 import platform
+import sys
 
 import torch
 
 import fastopt
-from fastopt import loss, ops, optim
+from fastopt import loss, ops, optim, sgd_gather
 
 # What can be set, and what it means while it is not.
 ENVIRONMENT = {
@@ -49,6 +50,8 @@ def sgd_kernel(device: str) -> str:
     if device == "cuda" and ops.GPU_FAMILY is not None:
         return GPU_KERNELS[ops.GPU_FAMILY]
     if device == "cpu" and ops.CPU_LIBRARY is not None:
+        if sgd_gather.OTHER_SOURCES:
+            return "torch's own: _C.so was built from other sources"
         return "torch's own: this Python's or torch's object layout is unknown"
     return "torch's own"
 
@@ -85,5 +88,18 @@ environment
 {table(environment)}"""
 
 
+def exit_status() -> int:
+    if ops.UNWANTED:
+        return 0
+    cpu = platform.system() == "Linux" and bool(ops.problems)
+    for_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    gpu = for_gpus and ops.GPU_FAMILY is None and torch.cuda.is_available()
+    return int(cpu or gpu)
+
+
 if __name__ == "__main__":
-    print(report())
+    try:
+        print(report(), flush=True)
+    except BrokenPipeError:  # `| head -1` has seen enough; Python would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(exit_status())

@@ -15,7 +15,9 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import json
 import os
+import platform
 import re
 import shutil
 import warnings
@@ -74,13 +76,37 @@ for _name in OPS:
     torch.library.impl(f"fastopt::{_name}", "default", getattr(reference, _name), lib=_library)
 
 
+class MissingKernelsWarning(UserWarning):
+    """Kernels of fastopt that this machine could use are missing; torch's own do their work."""
+
+
+# What setup.py wrote about its build of this package; nothing where it never ran.
+_BUILD_JSON = Path(__file__).with_name("_build.json")
+_BUILD: dict[str, Any] = json.loads(_BUILD_JSON.read_text()) if _BUILD_JSON.exists() else {}
+# Whether somebody chose to do without kernels, so that there is nothing to warn of.
+UNWANTED = BACKEND == "reference" or "none" in (
+    _BUILD.get("asked"),
+    os.environ.get("FASTOPT_BUILD"),
+)
+# What the user should hear of at import.
+problems: list[str] = []
+
+_OLDEST_TORCH, _NEWEST_TESTED_TORCH = (2, 10), (2, 15)
+# The machines of the ELF header, so that a library of another one is called that. Within one, every
+# CPU runs the baseline kernels.
+_MACHINES = {62: "x86_64", 183: "aarch64"}
+
+
 def _load_cpu_library() -> tuple[Path | None, str | None]:
     if BACKEND == "reference":
         return None, "FASTOPT_BACKEND=reference"
-    path = Path(os.environ.get("FASTOPT_LIBRARY") or Path(__file__).with_name("_C.so"))
-    if "FASTOPT_LIBRARY" in os.environ and not path.exists():
-        return None, f"FASTOPT_LIBRARY={path} does not exist"
-    return _load(path, "torch or a C++ compiler was missing")
+    named = os.environ.get("FASTOPT_LIBRARY")
+    path = Path(named or Path(__file__).with_name("_C.so"))
+    if path.exists():
+        return _load(path)
+    reason = f"FASTOPT_LIBRARY={path} does not exist" if named else _why_not_built("_C")
+    problems.append(reason)
+    return None, reason
 
 
 def _load_cuda_library() -> tuple[Path | None, str | None]:
@@ -89,25 +115,67 @@ def _load_cuda_library() -> tuple[Path | None, str | None]:
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is not one for CUDA"
     path = Path(__file__).with_name("_CUDA.so")
-    return _load(path, "torch for CUDA, a CUDA toolkit or a C++ compiler was missing")
+    return _load(path) if path.exists() else (None, _why_not_built("_CUDA"))
 
 
-def _load(path: Path, missing: str) -> tuple[Path | None, str | None]:
-    if not path.exists():
-        return None, f"{path.name} was not built ({missing})"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        warnings.warn(
-            f"fastopt: {path.name} does not load, torch's own kernels serve instead: {error}",
-            stacklevel=2,
-        )
-        return None, str(error)
-    return path, None
+def _why_not_built(name: str) -> str:
+    reason = _BUILD.get("left_out", {}).get(f"fastopt.{name}")
+    if reason is not None:
+        return f"{name}.so was not built ({reason})"
+    if _BUILD:
+        return f"{name}.so was built, and is gone; install fastopt again"
+    return f"{name}.so was not built; in a checkout: python setup.py build_ext --inplace"
+
+
+def _load(path: Path) -> tuple[Path | None, str | None]:
+    reason = _why_not_to_load(path)
+    if reason is None:
+        try:
+            torch.ops.load_library(path)
+            return path, None
+        except OSError as error:
+            reason = f"{path.name} does not load: {error}"
+            if _torch_version() > _NEWEST_TESTED_TORCH:
+                newest = ".".join(map(str, _NEWEST_TESTED_TORCH))
+                reason += f" (torch {newest} is the newest that it was tested with)"
+    problems.append(reason)
+    return None, reason
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+def _why_not_to_load(path: Path) -> str | None:
+    """What can be said about a library before it is loaded, which would register its kernels."""
+    from fastopt import __version__  # the package imports this module
+
+    content = path.read_bytes()
+    version = re.search(rb"fastopt_version=([^\0]*)", content)
+    machine = _MACHINES.get(int.from_bytes(content[18:20], "little"))
+    if content[:4] == b"\x7fELF" and machine not in (None, platform.machine()):
+        return f"{path.name} was built for {machine}, and this is {platform.machine()}"
+    if version is None or version[1].decode() != __version__:
+        of = "another version" if version is None else f"version {version[1].decode()}"
+        return f"{path.name} is one of fastopt's {of}, not {__version__}; build or install it again"
+    if _torch_version() < _OLDEST_TORCH:
+        return f"torch {torch.__version__} is too old for {path.name}; 2.10 is the oldest"
+    return None
 
 
 CPU_LIBRARY, CPU_LIBRARY_ERROR = _load_cpu_library()
 CUDA_LIBRARY, CUDA_LIBRARY_ERROR = _load_cuda_library()
+
+
+def warn_of_missing_kernels() -> None:
+    """Once, at the import of the package, on the line that imports it."""
+    if problems and not UNWANTED:
+        warnings.warn(
+            f"fastopt works without some of its kernels: {'; '.join(problems)}.\n"
+            "`python -m fastopt` tells what serves instead; FASTOPT_BUILD=none silences this.",
+            MissingKernelsWarning,
+            stacklevel=3,
+        )
 
 
 def _why_not_triton() -> str | None:

@@ -2,7 +2,6 @@
 step to the next. csrc/cpu/sgd.cpp tells what it does and why it is not Python."""
 
 import ctypes
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,17 +83,16 @@ def _find_tensor_offset() -> int | None:
 def _library_knows_the_table() -> bool:
     """False for a library that other sources were built into, as after an update without a build."""
     table_bytes = getattr(ctypes.CDLL(str(ops.CPU_LIBRARY)), "fastopt_sgd_table_bytes", None)
-    if table_bytes is not None and table_bytes() == ctypes.sizeof(_Table):
-        return True
-    warnings.warn(
-        "fastopt: _C.so was built from other sources; SGD works through torch until it is rebuilt",
-        stacklevel=2,
+    return table_bytes is not None and table_bytes() == ctypes.sizeof(_Table)
+
+
+OTHER_SOURCES = ops.CPU_LIBRARY is not None and not _library_knows_the_table()
+if OTHER_SOURCES:
+    ops.problems.append(
+        "_C.so was built from other sources; SGD works through torch until it is rebuilt"
     )
-    return False
-
-
 TENSOR_OFFSET = None
-if ops.CPU_LIBRARY is not None and _library_knows_the_table():
+if ops.CPU_LIBRARY is not None and not OTHER_SOURCES:
     TENSOR_OFFSET = _find_tensor_offset()
 if TENSOR_OFFSET is not None:
     # gather reads Python's objects and keeps Python's lock; run lets go of it.

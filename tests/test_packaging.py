@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -21,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
+from installing import ROOT, SITE_PACKAGES, copy_sources, link_setuptools, run
+
 pytestmark = pytest.mark.packaging
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD_VARIABLES = ("CXX", "PYTHONPATH")  # and FASTOPT_*: a test sets what it means to set
 PLATFORM = re.sub(r"[-.]", "_", sysconfig.get_platform())
 
 # Run by the interpreter of a new environment. Both faces against torch: the loss in float64 within
@@ -70,40 +69,11 @@ print(json.dumps({
 """
 
 
-def environment(**changes: str) -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in BUILD_VARIABLES and not name.startswith("FASTOPT_")
-    }
-    return kept | changes
-
-
-def run(*command: str | Path, cwd: Path, expect: int = 0, **variables: str) -> str:
-    """Standard output and error of a command that is expected to exit with `expect`."""
-    result = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=environment(**variables),
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert result.returncode == expect, result.stdout
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the package is built from, without anything that was built."""
-    folder = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("fastopt", "csrc"):
-        shutil.copytree(
-            ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
-        )
+    """A copy of what the package is built from, with the objects that `make build` compiled."""
+    folder = copy_sources(tmp_path_factory.mktemp("source"))
+    shutil.copytree(ROOT / "build/cpu", folder / "build/cpu")
     return folder
 
 
@@ -111,9 +81,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def setuptools_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for PYTHONPATH that holds setuptools and no torch."""
     folder = tmp_path_factory.mktemp("setuptools_only")
-    installed = Path(sysconfig.get_path("purelib"))
-    for path in (*installed.glob("setuptools*"), installed / "_distutils_hack"):
-        (folder / path.name).symlink_to(path)
+    link_setuptools(folder)
     return folder
 
 
@@ -138,17 +106,17 @@ def install(new_environment: Callable[[], Path], tmp_path: Path) -> Callable[[Pa
         run(*pip, "--no-index", "--no-deps", wheel, cwd=tmp_path)
         (site_packages,) = (tmp_path / "environment/lib").glob("python*/site-packages")
         # Only the folder: the .pth files in it, such as an editable fastopt's, are not followed.
-        (site_packages / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (site_packages / "torch.pth").write_text(f"{SITE_PACKAGES}\n")
         return python
 
     return install_wheel
 
 
-def build(source: Path, python: Path | str, **variables: str) -> tuple[Path, str]:
+def build(source: Path, python: Path | str, before: str = "", **variables: str) -> tuple[Path, str]:
     """The wheel, and what the build said."""
     shutil.rmtree(source / "dist", ignore_errors=True)
     as_pip_does = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-    output = run(python, "-c", as_pip_does, cwd=source, **variables)
+    output = run(python, "-c", f"{before}\n{as_pip_does}", cwd=source, **variables)
     (wheel,) = (source / "dist").glob("*.whl")
     return wheel, output
 
@@ -168,7 +136,7 @@ def test_wheel_serves_every_python_and_holds_the_library(wheel: Path) -> None:
     assert wheel.name.endswith(f"-py3-none-{PLATFORM}.whl")
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastopt").rglob("*.py")}
     package = {name for name in members(wheel) if ".dist-info/" not in name}
-    assert package == modules | {"fastopt/_C.so", "fastopt/py.typed"}
+    assert package == modules | {"fastopt/_C.so", "fastopt/_build.json", "fastopt/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         lines = archive.read(metadata).decode().splitlines()
@@ -191,7 +159,7 @@ def test_a_wheel_with_cuda_parts(source: Path, tmp_path: Path) -> None:
         )
         for kind in ("defined", "undefined")
     }
-    entries = {"fastopt_cuda_archs", "fastopt_sgd_run_cuda"}
+    entries = {"fastopt_cuda_archs", "fastopt_sgd_run_cuda", "fastopt_version"}
     assert {name for name in symbols["defined"] if name.startswith("fastopt")} == entries
     # torch by its stable C functions alone; no CUDA library, the runtime is linked in.
     foreign = {name for name in symbols["undefined"] if "@" not in name and name[:2] != "__"}
@@ -213,42 +181,73 @@ def test_installed_wheel_serves_both_faces(
     assert str(report["library"]) in run(python, "-m", "fastopt", cwd=tmp_path)
 
 
-def test_without_a_compiler_the_package_works_through_torch(
+def test_without_kernels_the_package_works_through_torch(
     source: Path, install: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     nothing = tmp_path / "empty"
     nothing.mkdir()
-    wheel, output = build(source, sys.executable, PATH=str(nothing))
-    assert "no C++ compiler was found" in output and "WITHOUT THE CPU KERNELS" in output
+    wheel, _ = build(source, sys.executable, PATH=str(nothing), FASTOPT_BUILD="none")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert "fastopt/_C.so" not in members(wheel)
+    assert "fastopt/_build.json" in members(wheel) and "fastopt/_C.so" not in members(wheel)
 
     python = install(wheel)
     output = run(python, "-c", USE_BOTH_FACES, cwd=tmp_path)
+    assert "Warning" not in output
     report = json.loads(output.splitlines()[-1])
     assert report["library"] is None
-    assert report["reason"]
+    assert report["reason"] == "_C.so was not built (FASTOPT_BUILD=none)"
     assert report["reason"] in run(python, "-m", "fastopt", cwd=tmp_path)
 
 
-def test_without_a_compiler_a_required_build_fails(source: Path, tmp_path: Path) -> None:
+# Run before a build: another platform, as far as Python code can tell.
+PRETEND = """
+import os, platform, sys
+sys.platform, platform.system = {platform!r}, lambda: {system!r}
+for name in ("fork", "sched_getaffinity", "sched_setaffinity"):
+    delattr(os, name)
+sys.modules.update(dict.fromkeys(("fcntl", "resource", "pwd", "termios")))
+"""
+
+
+@pytest.mark.parametrize("platform, system", [("darwin", "Darwin"), ("win32", "Windows")])
+def test_other_platforms_have_torchs_kernels_and_say_so(
+    source: Path, install: Callable[[Path], Path], tmp_path: Path, platform: str, system: str
+) -> None:
+    pretend = PRETEND.format(platform=platform, system=system)
+    wheel, output = build(source, sys.executable, before=pretend)
+    reason = f"fastopt has no kernels for {system} yet"
+    assert f"fastopt: without _C.so: {reason}" in output
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not {name for name in members(wheel) if name.endswith(".so")}
+
+    # torch itself is that of Linux, and has to be imported as such.
+    python = install(wheel)
+    output = run(python, "-c", f"import torch\n{pretend}\n{USE_BOTH_FACES}", cwd=tmp_path)
+    assert "MissingKernelsWarning: fastopt works without some of its kernels" in output
+    assert reason in output
+    assert json.loads(output.splitlines()[-1])["library"] is None
+
+
+def test_a_build_that_cannot_be_done_ends_in_a_paragraph(source: Path, tmp_path: Path) -> None:
     nothing = tmp_path / "empty"
     nothing.mkdir()
     command = (sys.executable, "setup.py", "--quiet", "build_ext")
-    output = run(*command, cwd=source, expect=1, PATH=str(nothing), FASTOPT_BUILD="cpu")
-    assert "no C++ compiler was found" in output and "Traceback" not in output
+    for asked in ("", "cpu"):
+        output = run(*command, cwd=source, expect=1, PATH=str(nothing), FASTOPT_BUILD=asked)
+        first, *others = output.strip().splitlines()
+        assert first.startswith("fastopt: _C.so cannot be built: no C++ compiler was found")
+        assert [line.partition(":")[0] for line in others] == ["To mend that", "To do without"]
     output = run(*command, cwd=source, expect=1, FASTOPT_BUILD="gpu")
-    assert "FASTOPT_BUILD must be cpu, cuda or unset, got 'gpu'" in output
+    assert "FASTOPT_BUILD must be none, cpu, cuda or unset, got 'gpu'" in output
 
 
-def test_without_torch_a_pure_wheel_is_built(
+def test_metadata_and_sdist_need_no_torch(
     source: Path, new_environment: Callable[[], Path], setuptools_only: Path
 ) -> None:
-    wheel, output = build(source, new_environment(), PYTHONPATH=str(setuptools_only))
-    assert "torch >= 2.10 was not found" in output
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert {"fastopt/__init__.py", "fastopt/py.typed"} <= members(wheel)
-    assert "fastopt/_C.so" not in members(wheel)
+    python = new_environment()
+    run(python, "-c", "import torch", cwd=source, expect=1)
+    for command in ("egg_info", "sdist"):
+        run(python, "setup.py", command, cwd=source, PYTHONPATH=str(setuptools_only))
 
 
 def test_isolated_build_finds_the_torch_of_its_environment(

@@ -38,6 +38,12 @@ Level active_level() {
 
 }  // namespace fastopt
 
+// For fastopt/ops.py, which finds it in the file: loading the library would register its kernels.
+extern "C" {
+__attribute__((visibility("default"))) extern const char fastopt_version[] =
+    "fastopt_version=" FASTOPT_VERSION;
+}
+
 // For `python -m fastopt` and the tests, through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* fastopt_simd_level() {
   switch (fastopt::active_level()) {
