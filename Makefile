@@ -13,10 +13,9 @@ OLD_TRITON ?= 3.6.0
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --quiet
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*)
-# The tests that enter every branch of the kernels, run again at lower SIMD levels (against a torch
-# that has no more than they have); and those that also ask for trouble, for the sanitizers.
-LEVEL_TESTS := tests/test_cross_entropy.py tests/test_sgd.py
-SANITIZE_TESTS := $(LEVEL_TESTS) $(foreach part,errors ops memory threads cuda, \
+# The tests that enter every branch of the kernels, and those that also ask for trouble.
+SANITIZE_TESTS := tests/test_cross_entropy.py tests/test_sgd.py \
+	$(foreach part,errors ops memory threads cuda, \
 	$(wildcard tests/test_cross_entropy_$(part).py tests/test_sgd_$(part).py))
 
 # On a machine with a GPU, with that machine's own Python: torch for CUDA or ROCm, Triton, pytest,
@@ -36,22 +35,24 @@ export PYTHONSAFEPATH := 1
 GPU_PYTEST += --override-ini=pythonpath=
 endif
 
-.PHONY: demo test bench build lint format headers sanitize wheel clean
+.PHONY: demo check test test-values bench build lint format headers sanitize wheel clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 demo: build
 	$(BIN)/python bench/train_digits.py
 
 # Threads that spin while they wait make tests twenty times slower where others use the cores too.
-test sanitize wheel: export OMP_WAIT_POLICY = passive
+check test test-values sanitize wheel: export OMP_WAIT_POLICY = passive
+
+# Format, lint, types and one fast case of every kind: before every commit.
+check: lint build
+	$(BIN)/python tools/suite.py check
 
 test: lint build build/triton-$(OLD_TRITON)
-	FASTOPT_ALWAYS=1 $(PYTEST) -m "not packaging"
-	PYTHONPATH=build/triton-$(OLD_TRITON) $(PYTEST) tests/test_*_triton.py -k "compile"
-	$(PYTEST) -m crossover
-	FASTOPT_ALWAYS=1 FASTOPT_SIMD=avx2 $(PYTEST) $(LEVEL_TESTS) -m "not slow"
-	FASTOPT_ALWAYS=1 FASTOPT_SIMD=baseline ATEN_CPU_CAPABILITY=default \
-	$(PYTEST) $(LEVEL_TESTS) -m "not slow"
+	OLD_TRITON=$(OLD_TRITON) $(BIN)/python tools/suite.py
+
+test-values: build
+	$(BIN)/python tools/suite.py values
 
 # make bench BENCH=--quick: a few cases, for a first look
 bench: build
@@ -66,6 +67,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy --no-error-summary
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(if $(wildcard .github),$(BIN)/zizmor --quiet --offline .github)
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix
@@ -82,7 +84,7 @@ headers: .venv/.installed
 # kernels' emulation is built with the sanitizers too.
 sanitize: build
 	@CXX=g++ FASTOPT_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext
-	FASTOPT_LIBRARY=$(CURDIR)/build/sanitize/_C.so FASTOPT_ALWAYS=1 FASTOPT_SANITIZE=1 \
+	FASTOPT_LIBRARY=$(CURDIR)/build/sanitize/_C.so FASTOPT_SANITIZE=1 \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(PYTEST) $(SANITIZE_TESTS) -m "not slow"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Measured against 80-bit arithmetic: up to 35 roundings in torch's softmax gradient with smoothing
-# (ours: 4).
-_FLOAT64_ROUNDINGS = 32
+# The longest chain of roundings in torch's own float64, but for sums over classes: a few operations
+# on each element, and the sum over rows, which torch makes in 8 levels of (for 65,536 rows) 4
+# additions each.
+_FLOAT64_ROUNDINGS = 8 + 8 * 4
 
 
-def assert_as_accurate(ours: Tensor, stock: Tensor, exact: Tensor, what: str = "result") -> None:
+def assert_as_accurate(
+    ours: Tensor, stock: Tensor, exact: Tensor, what: str = "result", classes: int = 0
+) -> None:
     """Check |ours - exact| <= 2 * (|stock - exact| + one rounding) for every element.
 
     Args:
@@ -18,13 +21,16 @@ def assert_as_accurate(ours: Tensor, stock: Tensor, exact: Tensor, what: str = "
         stock: what torch computed from the same inputs in the same dtype.
         exact: what torch computed from the same inputs converted to float64.
         what: the name to report.
+        classes: over how many classes torch had to sum, which it does one by one.
 
     One rounding is eps(dtype) * max|exact|, or the dtype's smallest step where that is larger.
     In half precision |stock - exact| is the element's own: computed in float32 and rounded once,
     ours needs no more. In float32 and float64 it depends on luck which element suffers from a
     sequence of roundings, so it is the largest of the tensor, and at least one rounding. float64
-    results are checked against torch's own float64, whose error cannot be seen: it is taken to be
-    _FLOAT64_ROUNDINGS, of a number around 1 where the result itself is smaller.
+    results are checked against torch's own float64, whose error cannot be seen: it is what the
+    roundings of its longest chain can add up to, half an eps each, of a number around 1 where the
+    result itself is smaller. (Against 80-bit arithmetic, gradients of 10,000 smoothed classes were
+    677 eps off in torch, and 2.4 eps in our kernels for AVX2 and baseline.)
 
     NaN and infinity have to stand where `exact`, rounded to the dtype, has them and nowhere else:
     where stock overflows but the exact value fits, ours has to fit.
@@ -51,7 +57,8 @@ def assert_as_accurate(ours: Tensor, stock: Tensor, exact: Tensor, what: str = "
         stock_error = stock_error.max().clamp(min=rounding)
     elif ours.dtype == torch.float64:
         # What went in is around 1 even where the result is tiny: log(1 + e), p - 1.
-        stock_error = stock_error.max() + _FLOAT64_ROUNDINGS * info.eps * max(scale, 1.0)
+        roundings = _FLOAT64_ROUNDINGS + classes
+        stock_error = stock_error.max() + roundings * info.eps / 2 * max(scale, 1.0)
     too_far = error > 2 * (stock_error + rounding)
     assert not too_far.any(), _report(what, too_far, ours, stock, exact)
 

@@ -5,20 +5,17 @@ implementations without a known defect. Half dtypes are held against the same lo
 """
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastopt
+import served
 
 EXACT_DTYPES = (torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -157,14 +154,21 @@ def train(
     steps: int = 3,
     before_step: Callable[[int], None] | None = None,
     first_seed: int = 1,
+    by_torch: bool | None = False,
 ) -> list[Snapshot]:
-    """`steps` steps on gradients that depend only on the step and the parameter's position."""
+    """`steps` steps on gradients that depend only on the step and the parameter's position.
+
+    Those of fastopt.SGD have to be our kernels' alone, unless torch is meant to take some parameters;
+    None: unless torch does.
+    """
     history = []
     for step in range(steps):
         set_grads(all_params(optimizer), seed=first_seed + step)
         if before_step is not None:
             before_step(step)
-        optimizer.step()
+        is_ours = isinstance(optimizer, fastopt.SGD)
+        with served.sgd.answered(by_torch) if is_ours and by_torch is not None else nullcontext():
+            optimizer.step()
         history.append(snapshot(optimizer))
     return history
 
@@ -181,20 +185,3 @@ def outcome(call: Callable[[], Any]) -> Any:
         return call()
     except Exception as error:
         return type(error), str(error)
-
-
-def run_python(code: str, **environment: str) -> str:
-    """What a program prints in an interpreter of its own: for what may crash, what needs a clean
-    process, and what is read once at import. It sees this file's names, and fails the test if it
-    fails."""
-    path = os.pathsep.join([str(Path(fastopt.__file__).parents[1]), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,  # the assertion below shows the output
-    )
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout

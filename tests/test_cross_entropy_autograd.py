@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastopt
+import served
 from accuracy import assert_as_accurate, assert_same_bits
 from cross_entropy_cases import (
     DTYPES,
@@ -27,6 +28,7 @@ from cross_entropy_cases import (
     make_target,
     make_weight,
 )
+from test_cross_entropy_ops import ops_reached
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -35,17 +37,16 @@ LossFunction = Callable[..., Tensor]
 
 
 def compare(
-    compute: Callable[[LossFunction, Tensor], Tensor | tuple[Tensor, ...]], logits: Tensor
+    compute: Callable[[LossFunction, Tensor], Tensor | tuple[Tensor, ...]],
+    logits: Tensor,
+    by_torch: bool = False,
 ) -> None:
-    """Run `compute(loss function, logits)` with ours and with torch's, and that in float64."""
-    results = [
-        compute(function, values)
-        for function, values in [
-            (fastopt.cross_entropy, logits),
-            (F.cross_entropy, logits),
-            (F.cross_entropy, logits.double()),
-        ]
-    ]
+    """Run `compute(loss function, logits)` with ours and with torch's, and that in float64. Every
+    call of ours has to be answered by our kernels, or, where transforms are at work, by torch.
+    """
+    with served.cross_entropy.answered(by_torch):
+        results = [compute(fastopt.cross_entropy, logits)]
+    results += [compute(F.cross_entropy, values) for values in (logits, logits.double())]
     tuples = [result if isinstance(result, tuple) else (result,) for result in results]
     for index, (ours, stock, exact) in enumerate(zip(*tuples, strict=True)):
         assert_as_accurate(ours, stock, exact.double(), f"result {index}")
@@ -467,7 +468,7 @@ def test_torch_func(reduction: str) -> None:
             torch.func.jacfwd(loss_of)(logits),
         )
 
-    compare(transforms, make_logits((7, 5)))
+    compare(transforms, make_logits((7, 5)), by_torch=True)
 
 
 @each_reduction
@@ -488,7 +489,7 @@ def test_forward_mode(reduction: str) -> None:
             assert other is not None
             return primal.clone(), tangent.clone(), other.clone()
 
-    compare(tangents, make_logits((7, 5)))
+    compare(tangents, make_logits((7, 5)), by_torch=True)
 
 
 def test_functional_jacobian_and_hessian() -> None:
@@ -559,6 +560,7 @@ def _check_step(
         eager.append((loss, torch.autograd.grad(loss, leaf, torch.full_like(loss, 1.5))[0]))
     for ours, stock, exact in zip(step(logits, target, **keywords), *eager, strict=True):
         assert_as_accurate(ours, stock, exact)
+    assert ops_reached(lambda: step(logits, target, **keywords)), "torch answered"
 
 
 @pytest.mark.slow
@@ -621,6 +623,7 @@ def test_a_default_device_changes_nothing() -> None:
     assert "_GradientInForward" in type(loss.grad_fn).__name__
 
 
+@pytest.mark.stock
 def test_other_function_modes_see_the_call() -> None:
     calls = []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastopt.ops
-from test_cross_entropy_memory import run_script
+from child import run_python
 
 LEVELS = ["baseline", "avx2", "avx512"]
 
@@ -28,7 +28,7 @@ def highest_level() -> str:
 @pytest.mark.parametrize("level", LEVELS)
 def test_named_shapes_at(level: str) -> None:
     """A level above the machine's is capped: then the machine's own runs."""
-    serves = run_script(NAMED_SHAPES_SCRIPT, FASTOPT_SIMD=level, FASTOPT_ALWAYS="1").strip()
+    serves = run_python(NAMED_SHAPES_SCRIPT, FASTOPT_SIMD=level, FASTOPT_ALWAYS="1").strip()
     assert serves == min(level, highest_level(), key=LEVELS.index)
 
 

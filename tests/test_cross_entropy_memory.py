@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastopt
 from accuracy import assert_same_bits
+from child import run_python
 from cross_entropy_cases import (
     DTYPES,
     EVERYTHING,
@@ -31,22 +29,6 @@ from cross_entropy_cases import (
 )
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-
-
-def run_script(script: str, *args: str, **environment: str) -> str:
-    """Run Python source beside the tests in a process of its own; return what it printed."""
-    tests = Path(__file__).parent
-    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    result = subprocess.run(
-        [sys.executable, "-c", script, *args],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr[-4000:]}"
-    return result.stdout
 
 
 # -- reads and writes -------------------------------------------------------------------------------
@@ -113,7 +95,7 @@ print("done")
 
 @pytest.mark.slow
 def test_nothing_outside_the_inputs_is_read_and_nothing_in_them_written() -> None:
-    assert run_script(GUARDED).strip() == "done"
+    assert run_python(GUARDED).strip() == "done"
 
 
 @each_dtype
@@ -244,12 +226,13 @@ PEAK_CALLS: dict[str, dict[str, object]] = {
 @pytest.fixture(scope="module")
 def peaks() -> dict[str, tuple[int, int, int, int]]:
     """Bytes held beyond the inputs by evaluation and by training; bytes of a gradient; rows."""
-    return json.loads(run_script(PEAK, json.dumps(PEAK_CALLS), **PEAK_ENVIRONMENT))
+    return json.loads(run_python(PEAK, json.dumps(PEAK_CALLS), **PEAK_ENVIRONMENT))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark of Linux")
 @pytest.mark.parametrize("call", PEAK_CALLS)
+@pytest.mark.xdist_group("peaks")
 def test_peak_memory_is_one_gradient(
     call: str, peaks: dict[str, tuple[int, int, int, int]]
 ) -> None:

@@ -85,6 +85,7 @@ def test_the_whole_grid_is_served(kind: str, reduction: str, dtype: torch.dtype)
                 ), (shape, layout.__name__)
 
 
+@pytest.mark.stock
 def test_what_is_not_ours_goes_to_torch() -> None:
     logits = make_logits((4, 10))
     target = make_target(logits)

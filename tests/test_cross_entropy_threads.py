@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastopt
 from accuracy import assert_same_bits
+from child import HANGS_AFTER_S
 from cross_entropy_cases import (
     EVERYTHING,
     NAMED_SHAPES,
@@ -148,7 +149,7 @@ def test_fork_after_the_thread_pool_has_started() -> None:
     child.start()
     sender.close()
     try:
-        assert receiver.poll(60), "the forked process hangs"
+        assert receiver.poll(HANGS_AFTER_S), "the forked process hangs"
         results = receiver.recv()
     finally:
         child.kill()

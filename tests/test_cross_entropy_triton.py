@@ -11,11 +11,8 @@ import itertools
 import mmap
 import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +23,7 @@ import cross_entropy_cases as cases
 import fastopt
 import fastopt.ops
 from accuracy import assert_as_accurate, assert_same_bits
+from child import run_pytest
 from cross_entropy_cases import (
     DTYPES,
     EVERYTHING,
@@ -58,29 +56,6 @@ NONE, MEAN, SUM = 0, 1, 2
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-
-
-class TestInTheInterpreter:
-    __test__ = not INTERPRETED
-
-    @pytest.mark.slow
-    def test_in_a_process_of_its_own(self) -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTOPT_ALWAYS": "1"}
-        environment["OMP_NUM_THREADS"] = "1"  # the interpreter is numpy; tensors here are small
-        # numpy warns of every infinity that a hazard's row computes with.
-        command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "pytest", "-q", "-x"]
-        child = subprocess.run(
-            [*command, "-p", "no:cacheprovider", __file__],
-            check=False,
-            env=environment,
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
-        passed = re.search(r"(\d+) passed", child.stdout)
-        assert passed and int(passed[1]) > 50, child.stdout[-2000:]
 
 
 # -- in the interpreter -----------------------------------------------------------------------------
@@ -477,6 +452,28 @@ class TestInterpreted:
         expected = grad * 2
         kernels.cross_entropy_scale_(grad, torch.tensor(2.0))
         assert_same_bits(grad, expected)
+
+
+class TestInTheInterpreter:
+    """Every test above, in a process that has Triton's interpreter; each apart, for those of
+    pytest-xdist share the work.
+    """
+
+    __test__ = not INTERPRETED
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "name", [name for name in vars(TestInterpreted) if name.startswith("test_")]
+    )
+    def test_in_a_process_of_its_own(self, name: str) -> None:
+        child = run_pytest(
+            f"{__file__}::TestInterpreted::{name}",
+            TRITON_INTERPRET="1",
+            OMP_NUM_THREADS="1",  # the interpreter is numpy; tensors here are small
+            # numpy warns of every infinity that a hazard's row computes with.
+            PYTHONWARNINGS="ignore::RuntimeWarning",
+        )
+        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
 
 
 # -- checks of the launchers ------------------------------------------------------------------------

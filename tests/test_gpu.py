@@ -5,9 +5,6 @@ as default device, the tests of cross_entropy's values; once for each family of 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,6 +15,7 @@ from torch import Tensor
 import fastopt
 import fastopt.ops
 from accuracy import assert_as_accurate, assert_same_bits
+from child import run_python
 from cross_entropy_cases import (
     DTYPES,
     EVERYTHING,
@@ -59,17 +57,6 @@ def no_host_sync() -> Iterator[None]:
 def loss_and_gradient(logits: Tensor, target: Tensor, **keywords: object) -> tuple[Tensor, Tensor]:
     result = differentiate(fastopt.cross_entropy, logits, target, **keywords)
     return result.loss, result.gradients["logits"]
-
-
-def in_a_child(program: str, **environment: str) -> str:
-    """The output of a Python program in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **environment},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
 
 
 # -- cross_entropy ----------------------------------------------------------------------------------
@@ -197,7 +184,7 @@ try:
 except IndexError as error:
     print(error)
 """
-    output = in_a_child(program, FASTOPT_DEBUG="1", FASTOPT_ALWAYS="1")
+    output = run_python(program, FASTOPT_DEBUG="1", FASTOPT_ALWAYS="1")
     assert output.strip() == "Target 7 is out of bounds."
 
 

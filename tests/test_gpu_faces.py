@@ -4,14 +4,10 @@ in the interpreter: as on a GPU, but for the device.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from child import run_python
 from fastopt import ops
 
 pytest.importorskip("triton")
@@ -83,13 +79,4 @@ def test_whether_a_gpu_is_served_is_a_constant_to_dynamo() -> None:
 
 def test_the_face_reaches_the_triton_kernels() -> None:
     variables = {"TRITON_INTERPRET": "1", "FASTOPT_BACKEND": "reference", "FASTOPT_ALWAYS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        check=False,
-        cwd=Path(__file__).parent,
-        env={**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "all checked\n"
+    assert run_python(PROGRAM, **variables) == "all checked\n"

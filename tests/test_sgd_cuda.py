@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastopt
 from accuracy import assert_as_accurate
+from child import run_python
 from fastopt import gpu_step, ops, optim
 from sgd_oracle import (
     DAMPED,
@@ -46,12 +47,13 @@ from sgd_oracle import (
     for_loop,
     leaf,
     outcome,
-    run_python,
     set_grads,
     snapshot,
     train,
     values,
 )
+
+pytestmark = pytest.mark.xdist_group("sgd_cuda")
 
 ROOT = Path(__file__).parents[1]
 SANITIZED = os.environ.get("FASTOPT_SANITIZE") == "1"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastopt
 from accuracy import assert_as_accurate
+from child import run_python
 from sgd_oracle import (
     DAMPED,
     EXACT_DTYPES,
@@ -31,7 +32,6 @@ from sgd_oracle import (
     for_loop,
     leaf,
     outcome,
-    run_python,
     set_grads,
     snapshot,
     train,
@@ -123,6 +123,7 @@ def test_version_counters_move(flag: str) -> None:
             loss.backward()
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("flag", FLAGS)
 def test_inference_tensors_are_refused_as_by_the_for_loop(flag: str) -> None:
     """Stock's fused path updates inference tensors outside of inference mode."""
@@ -138,6 +139,7 @@ def test_inference_tensors_are_refused_as_by_the_for_loop(flag: str) -> None:
     assert attempt(fastopt.SGD, **FLAGS[flag]) == theirs
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("flag", FLAGS)
 def test_strides_of_parameter_and_gradient_may_differ(flag: str) -> None:
     """Stock's fused kernel walks parameter, gradient and buffer as if all had the same strides."""
@@ -162,6 +164,7 @@ def test_strides_of_parameter_and_gradient_may_differ(flag: str) -> None:
     assert_same_state(run(fastopt.SGD, **FLAGS[flag]), run(for_loop))
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_expanded_parameters_are_refused(dtype: torch.dtype, flag: str) -> None:
@@ -180,6 +183,7 @@ def test_expanded_parameters_are_refused(dtype: torch.dtype, flag: str) -> None:
     assert attempt(fastopt.SGD, **FLAGS[flag]) == theirs
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize(
     ("loaded_shape", "shape"),

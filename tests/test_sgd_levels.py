@@ -6,12 +6,13 @@ operations in the same order, each rounded by itself.
 """
 
 import platform
-from functools import lru_cache
 
 import pytest
 import torch
 
-from sgd_oracle import run_python
+from child import run_python
+
+pytestmark = pytest.mark.xdist_group("sgd_levels")
 
 # In falling order, as torch names what this machine can do.
 CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "baseline"}
@@ -43,28 +44,35 @@ def machine_level() -> str:
     return CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), "baseline")
 
 
-@lru_cache  # a process takes seconds to start
-def run_level(level: str) -> list[str]:
-    return run_python(
-        PROGRAM,
-        FASTOPT_SIMD=level,
-        ATEN_CPU_CAPABILITY=TORCH[level],
-        FASTOPT_ALWAYS="1",
-        PYTHONHASHSEED="0",
-    ).splitlines()
+@pytest.fixture(scope="module")
+def printed() -> dict[str, list[str]]:
+    """What the program prints at each level. (A fixture keeps a failure too: no second try.)"""
+    return {
+        level: run_python(
+            PROGRAM,
+            FASTOPT_SIMD=level,
+            ATEN_CPU_CAPABILITY=TORCH[level],
+            PYTHONHASHSEED="0",
+        ).splitlines()
+        for level in LEVELS
+    }
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have one level only")
 @pytest.mark.parametrize("level", LEVELS)
-def test_each_level_gives_the_bits_of_torch_at_that_level(level: str) -> None:
-    served, *_ = run_level(level)
+def test_each_level_gives_the_bits_of_torch_at_that_level(
+    level: str, printed: dict[str, list[str]]
+) -> None:
+    served, *_ = printed[level]
     assert served == max(level, machine_level(), key=LEVELS.index)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have one level only")
-def test_half_dtypes_have_the_same_bits_at_the_levels_with_fused_multiply_add() -> None:
-    _, *wide = run_level("avx512")
-    _, *narrow = run_level("avx2")
+def test_half_dtypes_have_the_same_bits_at_the_levels_with_fused_multiply_add(
+    printed: dict[str, list[str]],
+) -> None:
+    _, *wide = printed["avx512"]
+    _, *narrow = printed["avx2"]
     assert wide == narrow
 
 

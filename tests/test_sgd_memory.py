@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastopt
 from accuracy import assert_as_accurate
+from child import run_python
 from sgd_oracle import (
     DAMPED,
     DTYPES,
@@ -29,7 +30,6 @@ from sgd_oracle import (
     for_loop,
     leaf,
     outcome,
-    run_python,
     set_grads,
     snapshot,
     train,

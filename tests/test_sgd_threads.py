@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastopt
+from child import HANGS_AFTER_S, run_python
 from sgd_oracle import (
     DAMPED,
     DTYPES,
@@ -17,7 +18,6 @@ from sgd_oracle import (
     assert_same_history,
     for_loop,
     leaf,
-    run_python,
     train,
     values,
 )
@@ -137,7 +137,7 @@ def test_a_forked_child_can_step(threads_in_child: int | None) -> None:
         assert_same_history(train(ours), train(theirs), "parent")
         child = os.fork()
         if child == 0:
-            signal.alarm(60)  # a child that hangs has failed
+            signal.alarm({HANGS_AFTER_S})  # a child that hangs has failed
             code = 1
             try:
                 if threads:

@@ -6,15 +6,18 @@ Both run in a process of their own: whether a kernel is interpreted is settled w
 
 import json
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
 
 import test_sgd_cuda
-from sgd_oracle import DTYPES, outcome, run_python
+from child import run_python
+from sgd_oracle import DTYPES, outcome
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+pytestmark = pytest.mark.xdist_group("sgd_triton")
 
 # Every branch of the rule once, and every operand at once: a program takes the interpreter 1 ms.
 RULES = ("plain", "plain_decay", "momentum", "damped_decay_max", "nesterov", "nesterov_decay_max")
@@ -41,15 +44,16 @@ def run_all() -> None:
     )
 
 
-@lru_cache  # a process takes seconds to start
+@pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
+    """What became of each case. (A fixture keeps a failure too: no second try for every case.)"""
     printed = run_python("import test_sgd_triton; test_sgd_triton.run_all()", TRITON_INTERPRET="1")
     return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_interpreted(case: str) -> None:
-    assert interpreted()[case] is None
+def test_interpreted(case: str, interpreted: dict[str, Any]) -> None:
+    assert interpreted[case] is None
 
 
 COMPILE = """
@@ -108,14 +112,3 @@ def test_it_compiles_without_spills_and_with_wide_accesses() -> None:
         assert found["spilled"] == 0, found
         # Four programs of 128 threads on a multiprocessor; 512 registers a lane on gfx942.
         assert found["registers"] <= (256 if found["arch"] == "gfx942" else 128), found
-
-
-def test_importing_fastopt_imports_no_triton() -> None:
-    run_python(
-        """
-        import sys, torch
-        assert not any(m.split(".")[0] == "triton" for m in sys.modules)
-        import fastopt
-        assert not any(m.split(".")[0] == "triton" for m in sys.modules)
-        """
-    )

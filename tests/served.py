@@ -1,0 +1,93 @@
+"""Who answered: our kernels or torch. A test of values that torch alone can pass tests nothing.
+
+Importing this counts the calls of both faces from then on. conftest.py fails every test in which
+torch alone answered, unless it is marked `stock`; the shared checks of each op ask for every call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import fastopt
+from fastopt import loss, ops
+
+
+class Face:
+    """Calls of one of ours (of SGD: parameters with a gradient), by who answered them."""
+
+    def __init__(self) -> None:
+        self.ours = self.torchs = 0
+
+    def counts(self) -> tuple[int, int]:
+        return self.ours, self.torchs
+
+    @contextmanager
+    def answered(self, by_torch: bool = False) -> Iterator[None]:
+        """Inside, our kernels have to answer every call; or torch some, where it is meant to."""
+        before = self.torchs
+        yield
+        answered_by_torch = self.torchs > before
+        if by_torch:
+            self.torchs = before
+            assert answered_by_torch, "our kernels answered a call that is torch's"
+        assert answered_by_torch == by_torch, why_not() or "torch answered a call that is ours"
+
+
+cross_entropy = Face()
+sgd = Face()
+
+
+def why_not(device: str = "cpu") -> str | None:
+    """Why no kernel of ours can answer on this device, and what to do; None where one can."""
+    if ops.BACKEND == "reference" or (ops.CPU_LIBRARY if device == "cpu" else ops.GPU_FAMILY):
+        return None
+    reason = ops.CPU_LIBRARY_ERROR if device == "cpu" else ops.CUDA_LIBRARY_ERROR
+    return (
+        f"fastopt has no kernels for {device} here ({reason}): torch would be compared with itself. "
+        "`make build` builds them; FASTOPT_BACKEND=reference tests plain torch's instead."
+    )
+
+
+_serves, _kernel_step, _torch_step = (
+    loss._serves,
+    fastopt.SGD._kernel_step,
+    fastopt.SGD._torch_step,
+)
+
+
+@functools.wraps(_serves)
+def _counting_serves(*call: Any) -> bool:
+    served = _serves(*call)
+    if not torch.compiler.is_compiling():  # a count would be a guard
+        cross_entropy.ours += served
+        cross_entropy.torchs += not served
+    return served
+
+
+def _with_gradient(params: Any) -> int:
+    return sum(param.grad is not None for param in params)
+
+
+@functools.wraps(_kernel_step)
+def _counting_kernel_step(self: fastopt.SGD, *arguments: Any) -> None:
+    before = sgd.torchs
+    _kernel_step(self, *arguments)
+    all_params = (param for group in self.param_groups for param in group["params"])
+    sgd.ours += _with_gradient(all_params) - (sgd.torchs - before)
+
+
+@functools.wraps(_torch_step)
+def _counting_torch_step(self: fastopt.SGD, group: Any, params: Any, **scale: Any) -> None:
+    if not torch.compiler.is_compiling():
+        sgd.torchs += _with_gradient(params)
+    _torch_step(self, group, params, **scale)
+
+
+loss._serves = _counting_serves
+fastopt.SGD._kernel_step = _counting_kernel_step  # type: ignore[method-assign]
+fastopt.SGD._torch_step = _counting_torch_step  # type: ignore[method-assign]
