@@ -135,7 +135,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     link_all_but_build_tools(torch)
     (old_torch / "torch").mkdir()
     (old_torch / "torch/__init__.py").touch()
-    (old_torch / "torch/version.py").write_text("__version__ = '2.9.1+cpu'\ncuda = None\n")
+    (old_torch / "torch/version.py").write_text("__version__ = '2.9.1'\ncuda = None\n")
     compiler = bin / "g++"
     compiler.write_text(
         COMPILER.format(
