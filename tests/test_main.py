@@ -238,7 +238,7 @@ def test_report_where_there_are_no_kernels_yet(package: Path, system: str) -> No
     elsewhere = f"platform.system = lambda: {system!r}"
     (message,) = import_warnings(package, elsewhere)
     assert f"fastopt has no kernels for {system} yet" in message
-    result = run("-c", f"import platform, runpy; {elsewhere}; {REPORT}", cwd=package.parent)
+    result = run("-c", f"import platform, runpy, torch; {elsewhere}; {REPORT}", cwd=package.parent)
     assert f"fastopt has no kernels for {system} yet" in row(result.stdout, "cpu")
     assert result.returncode == 0
 
