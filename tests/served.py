@@ -27,10 +27,14 @@ class Face:
         return self.ours, self.torchs
 
     @contextmanager
-    def answered(self, by_torch: bool = False) -> Iterator[None]:
-        """Inside, our kernels have to answer every call; or torch some, where it is meant to."""
+    def answered(self, by_torch: bool | None = False) -> Iterator[None]:
+        """Inside, our kernels have to answer every call; or torch some, where it is meant to; or
+        either (None).
+        """
         before = self.torchs
         yield
+        if by_torch is None:
+            return
         answered_by_torch = self.torchs > before
         if by_torch:
             self.torchs = before

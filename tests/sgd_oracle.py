@@ -159,7 +159,7 @@ def train(
     """`steps` steps on gradients that depend only on the step and the parameter's position.
 
     Those of fastopt.SGD have to be our kernels' alone, unless torch is meant to take some parameters;
-    None: unless torch does.
+    None: whoever does.
     """
     history = []
     for step in range(steps):
@@ -167,7 +167,7 @@ def train(
         if before_step is not None:
             before_step(step)
         is_ours = isinstance(optimizer, fastopt.SGD)
-        with served.sgd.answered(by_torch) if is_ours and by_torch is not None else nullcontext():
+        with served.sgd.answered(by_torch) if is_ours else nullcontext():
             optimizer.step()
         history.append(snapshot(optimizer))
     return history

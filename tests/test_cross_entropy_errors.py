@@ -181,6 +181,7 @@ BAD_CALLS: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {
 }
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_bad_call_ends_as_in_torch(call: tuple[tuple[object, ...], dict[str, object]]) -> None:
     args, keywords = call
@@ -240,6 +241,7 @@ def test_labels_are_looked_at_even_where_the_row_is_nan() -> None:
         fastopt.cross_entropy(logits, labels(0, 5, 1))
 
 
+@pytest.mark.stock
 def test_a_one_row_batch_with_a_one_element_target() -> None:
     """torch computes the loss, then fails in backward; a gradient, if there is one, is right."""
     logits = LOGITS[0].detach().requires_grad_()
@@ -271,6 +273,7 @@ def test_subclasses_keep_their_type() -> None:
     assert parameter.grad is not None
 
 
+@pytest.mark.stock
 def test_torch_function_of_a_subclass_sees_the_call() -> None:
     seen = []
 
@@ -377,6 +380,7 @@ def test_deprecated_arguments_choose_the_reduction(keywords: dict[str, bool | No
     assert constructed[0] == constructed[1]
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize(
     "keywords",
     [

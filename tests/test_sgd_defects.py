@@ -230,6 +230,7 @@ def test_gradients_are_never_changed(option: str, flag: str) -> None:
                 assert torch.equal(bits(grad), bits(copy))
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradients_are_not_changed_on_torchs_path_either(option: str, flag: str) -> None:
