@@ -31,6 +31,19 @@ def libraries() -> list[list[str]]:
     ]
 
 
+def gpus() -> list[list[str]]:
+    """Every GPU that torch sees, and whether our kernels run there."""
+    return [
+        [
+            f"cuda:{i}",
+            torch.cuda.get_device_name(i),
+            f"torch's own: {reason}" if reason else "served",
+        ]
+        for i in range(torch.cuda.device_count())
+        for reason in [ops.why_not_gpu(i)]
+    ]
+
+
 def op_kernel(op: str, device: str) -> str:
     """What answers torch.ops.fastopt.<op> on this device: the dispatcher knows."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastopt::{op}", DEVICES[device]):
@@ -83,6 +96,9 @@ libraries
 kernels
 {table(kernels)}
   (reference: fastopt/reference.py, in plain torch)
+
+GPUs
+{table(gpus() or [["none that torch sees"]])}
 
 environment
 {table(environment)}"""

@@ -218,17 +218,37 @@ def has_code_for(capability: tuple[int, int], archs: list[int]) -> bool:
 
 
 @functools.cache
-def _runs_on(index: int) -> bool:
+def why_not_gpu(index: int) -> str | None:
+    """Why our kernels do not run on this GPU; None where they do. Asked once for each: a library
+    that the driver refuses would otherwise raise in every call that it took from torch."""
     if CUDA_LIBRARY is None:
-        return GPU_FAMILY is not None or BACKEND == "reference"
-    archs = ctypes.CDLL(str(CUDA_LIBRARY)).fastopt_cuda_archs
-    archs.restype = ctypes.c_char_p
-    return has_code_for(torch.cuda.get_device_capability(index), list(map(int, archs().split())))
+        return None if GPU_FAMILY is not None or BACKEND == "reference" else "no kernels for GPUs"
+    reason = _why_not_cuda_library(index, torch.cuda.get_device_capability(index))
+    if reason is not None:
+        warnings.warn(
+            f"fastopt: torch's own kernels serve on cuda:{index}: {CUDA_LIBRARY.name} {reason}",
+            MissingKernelsWarning,
+            stacklevel=2,
+        )
+    return reason
+
+
+def _why_not_cuda_library(index: int, capability: tuple[int, int]) -> str | None:
+    library = ctypes.CDLL(str(CUDA_LIBRARY))
+    archs, why_not = library.fastopt_cuda_archs, library.fastopt_cuda_why_not
+    archs.restype = why_not.restype = ctypes.c_char_p
+    why_not.argtypes = [ctypes.c_int]
+    compiled_for = archs().decode()
+    if not has_code_for(capability, list(map(int, compiled_for.split()))):
+        own = "{}{}".format(*capability)
+        return f"has no code for sm_{own}, only for {compiled_for} (FASTOPT_CUDA_ARCHS)"
+    error = why_not(index)
+    return None if error is None else f"cannot run here, says CUDA: {error.decode()}"
 
 
 def serves_gpu(index: int) -> bool:
     """Whether our kernels run on this GPU."""
-    return _runs_on(index)
+    return why_not_gpu(index) is None
 
 
 # A constant under torch.compile. torch.compiler.assume_constant_result does this and no more, but

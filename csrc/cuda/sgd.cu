@@ -1,6 +1,9 @@
 // SGD on GPU, below fastopt/gpu_step.py, which calls this through ctypes. Not a torch op: those can
 // be called by anyone, and a table of addresses cannot be checked.
+#include "cuda/library.h"
 #include "cuda/sgd.h"
+
+const void* fastopt::gpu::the_sgd_kernel() { return reinterpret_cast<const void*>(&sgd_kernel); }
 
 // Launches the step on `stream` of `device`. Returns null, or why it could not.
 extern "C" __attribute__((visibility("default"))) const char* fastopt_sgd_run_cuda(
