@@ -23,7 +23,8 @@ SANITIZE_TESTS := tests/test_cross_entropy.py tests/test_sgd.py \
 GPU_PYTHON ?= python3
 FAMILIES ?= cuda triton
 OPS ?= cross_entropy sgd
-OUT ?= bench/results
+# Never from the environment, where OUT may mean another place.
+OUT = bench/results
 GPU_PYTEST := $(GPU_PYTHON) -m pytest --quiet
 # Triton compiles thousands of kernels for the tests of values, one after the other without
 # pytest-xdist.
@@ -36,7 +37,7 @@ GPU_PYTEST += --override-ini=pythonpath=
 endif
 
 .PHONY: demo check test test-values bench build lint format headers sanitize wheel clean
-.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-carry gpu-lease
 
 demo: build
 	$(BIN)/python bench/train_digits.py
@@ -104,35 +105,51 @@ ifndef INSTALLED
 endif
 	$(GPU_PYTHON) -m fastopt
 
+# Whatever fails, the rest of a target runs too; a GPU may be gone before the next try.
 gpu-test: gpu-build
+	failed=0; \
 	for family in $(FAMILIES); do \
 	  echo "== $$family"; export FASTOPT_ALWAYS=1 FASTOPT_BACKEND=$$family; \
-	  $(GPU_PYTEST) tests/test_gpu.py || exit 1; \
+	  $(GPU_PYTEST) tests/test_gpu.py || failed=1; \
 	  FASTOPT_TEST_DEVICE=cuda $(GPU_PYTEST) $(GPU_PARALLEL) tests/test_cross_entropy.py \
-	    -m "not slow" || exit 1; \
-	done
+	    -m "not slow" || failed=1; \
+	done; \
+	exit $$failed
 
 # Every allocation by itself, so that a step out of bounds leaves it. memcheck looks for that,
 # racecheck for shared memory that is read before it was written; in our kernels, not torch's.
 gpu-sanitize: gpu-build
+	failed=0; \
 	for tool in memcheck racecheck; do \
 	  FASTOPT_ALWAYS=1 FASTOPT_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	  compute-sanitizer --tool $$tool --kernel-name kns=fastopt --error-exitcode 1 $(GPU_PYTEST) \
-	    tests/test_gpu.py -k "same_bits or out_of_range_give_nan or sgd_trains" || exit 1; \
-	done
+	    tests/test_gpu.py -k "same_bits or out_of_range_give_nan or sgd_trains" || failed=1; \
+	done; \
+	exit $$failed
 
 gpu-bench: gpu-build
 	mkdir -p build
 	rm -f build/bench-cuda-*.json build/bench-triton-*.json
+	failed=0; \
 	for family in $(FAMILIES); do \
 	  for op in $(OPS); do \
 	    FASTOPT_BACKEND=$$family $(GPU_PYTEST) bench/bench_$$op.py --device=cuda \
 	      --benchmark-json=build/bench-$$family-$$op.json \
-	      --benchmark-storage=.benchmarks/$$family-$$op $(BENCH) || exit 1; \
+	      --benchmark-storage=.benchmarks/$$family-$$op $(BENCH) || failed=1; \
 	  done; \
 	  PYTHONSAFEPATH= $(GPU_PYTHON) bench/report.py build/bench-$$family-*.json --results $(OUT) \
-	    || exit 1; \
-	done
+	    || failed=1; \
+	done; \
+	exit $$failed
+
+# A GPU that is lent for minutes: tools/lease.py says what the five steps are. The library can be
+# built before, where the compilers are, and carried along in build/carry.
+gpu-lease:
+	@$(GPU_PYTHON) tools/lease.py $(STEP) \
+	  --out $(if $(filter command,$(origin OUT)),$(OUT),build/lease)
+
+gpu-carry: .venv/.installed
+	$(BIN)/python tools/lease.py carry
 
 build/triton-$(OLD_TRITON): | .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OLD_TRITON)

@@ -25,16 +25,12 @@ import torch
 
 import fastopt
 import fastopt.ops
+from timing import Call, Stopwatch, host_microseconds, make_stopwatch, measure_copy
 
 SECONDS_PER_CASE = {"cpu": 6.0, "cuda": 1.5}
 SECONDS_PER_CASE_QUICK = {"cpu": 1.5, "cuda": 0.5}
 SHORTEST_TURN = 2e-3  # seconds: calls are repeated until one turn of the fastest takes this long
 FEWEST_ROUNDS, FEWEST_ROUNDS_QUICK, MOST_ROUNDS = 21, 7, 300
-# Eight times a CPU's last-level cache of 32 MB, or a GPU's of 128 MB: the copy is from memory.
-COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-COLD_BYTES = 256 << 20  # written between two calls on a GPU, so that none finds its data in L2
-
-Call = Callable[[], object]
 
 
 class Clock:
@@ -117,42 +113,18 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def stopwatch(device: str) -> Callable[[Call], float]:
-    """stopwatch(call) -> seconds. On a GPU between two events on its stream, from a cold L2 on.
-    Writing that over (some 70 us) keeps the GPU busy while the host begins, as a model's own kernels
-    do in training: what a call keeps the GPU waiting for beyond that, it pays for. How long the host
-    needs by itself is `host_time`."""
-    if device == "cpu":
-        return _time
-    cold = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def run(call: Call) -> float:
-        cold.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return run
+def stopwatch(device: str) -> Stopwatch:
+    return make_stopwatch(device)
 
 
 @pytest.fixture(scope="session")
-def copy_bandwidth(device: str, stopwatch: Callable[[Call], float]) -> float:
-    """Bytes per second of torch's own copy between two warm buffers, read and write counted.
-
-    The best of many, because it serves as the roof.
-    """
-    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
-    destination = source.clone()
-    seconds = min(stopwatch(lambda: destination.copy_(source)) for _ in range(31))
-    return 2 * source.nbytes / seconds
+def copy_bandwidth(device: str, stopwatch: Stopwatch) -> float:
+    return measure_copy(device, stopwatch)
 
 
 @pytest.fixture(scope="session")
 def interleave(
-    request: pytest.FixtureRequest, device: str, stopwatch: Callable[[Call], float]
+    request: pytest.FixtureRequest, device: str, stopwatch: Stopwatch
 ) -> Callable[..., dict[str, list[float]]]:
     """interleave(calls, before) -> seconds per call of each variant, one number per round.
 
@@ -254,15 +226,7 @@ def host_time(device: str) -> Callable[..., dict[str, float]]:
     median of many."""
 
     def run(call: Call, prepare: Call | None = None) -> dict[str, float]:
-        if device == "cpu":
-            return {}
-        seconds = []
-        for _ in range(21):
-            if prepare:
-                prepare()
-            torch.cuda.synchronize()
-            seconds.append(_time(call))
-        return {"host_us": 1e6 * statistics.median(seconds)}
+        return {} if device == "cpu" else {"host_us": host_microseconds(call, prepare)}
 
     return run
 
@@ -291,12 +255,6 @@ def record(benchmark, copy_bandwidth: float) -> Callable[..., None]:
         )
 
     return run
-
-
-def _time(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import torch
 
 import fastopt.ops
 import served
+from cuda_errors import pytest_runtest_makereport  # noqa: F401
 
 # Bounded and repeatable: the same examples in every run, and no limit on the time of one, because
 # the first call of a kernel may wait for torch's thread pool to start.
