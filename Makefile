@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 # What `make headers` compiles against: the oldest torch we serve, the next, and the newest there is.
 HEADERS ?= 2.10.0 2.11.0 newest
+# The second compiler: the newest clang that is installed.
+CLANG ?= $(lastword $(shell ls /usr/bin /usr/local/bin | grep -xE 'clang\+\+(-[0-9]+)?' | sort -V))
 # For its interpreter and its compiler, beside a torch that does not bring one.
 TRITON ?= 3.9.0
 # That of torch 2.10 and 2.11, the oldest that our kernels have to compile with.
@@ -36,14 +38,14 @@ export PYTHONSAFEPATH := 1
 GPU_PYTEST += --override-ini=pythonpath=
 endif
 
-.PHONY: demo check test test-values bench build lint format headers sanitize wheel clean
+.PHONY: demo check test test-values bench build lint format headers clang sanitize wheel clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-carry gpu-lease
 
 demo: build
 	$(BIN)/python bench/train_digits.py
 
 # Threads that spin while they wait make tests twenty times slower where others use the cores too.
-check test test-values sanitize wheel: export OMP_WAIT_POLICY = passive
+check test test-values clang sanitize wheel: export OMP_WAIT_POLICY = passive
 
 # Format, lint, types and one fast case of every kind: before every commit.
 check: lint build
@@ -78,6 +80,12 @@ format: .venv/.installed
 # make headers HEADERS="2.12.1 2.13.0": against the headers of any torch, downloaded once.
 headers: .venv/.installed
 	$(BIN)/python -m tools.headers $(HEADERS)
+
+# The tests of values with the library that clang makes, at every SIMD level that this CPU has.
+clang: build
+	$(if $(CLANG),,$(error no clang++ was found; on Debian and Ubuntu: apt install clang))
+	@CXX=$(CLANG) FASTOPT_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --build-lib build/clang
+	FASTOPT_LIBRARY=$(CURDIR)/build/clang/fastopt/_C.so $(BIN)/python tools/suite.py values
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself is not
 # instrumented, so the runtime is preloaded, and libstdc++ with it: without that the runtime

@@ -186,22 +186,31 @@ FASTOPT_INLINE A horizontal_max(Vec<A> v) {
   return fold_lanes<A, kLanes<A>>(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
+typedef float Quad __attribute__((vector_size(16)));
+
+// The lanes kFrom of a and b together. g++ 11 knows one spelling, clang only the other.
+template <int... kFrom>
+FASTOPT_INLINE Quad pick(Quad a, Quad b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  typedef int32_t Pick __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Pick{kFrom...});
+#endif
+}
+
 // A 4 x 4 block, rows to columns: one instruction an element, where moving them singly takes
 // three and misses the write combining of the stores.
 FASTOPT_INLINE void transpose4(const float* from, int64_t from_stride, float* to,
                                int64_t to_stride) {
-  typedef float Quad __attribute__((vector_size(16)));
-  typedef int32_t Pick __attribute__((vector_size(16)));
   Quad r[4];
   for (int i = 0; i < 4; ++i) memcpy(&r[i], from + i * from_stride, sizeof(Quad));
-  const Quad low01 = __builtin_shuffle(r[0], r[1], Pick{0, 4, 1, 5});
-  const Quad high01 = __builtin_shuffle(r[0], r[1], Pick{2, 6, 3, 7});
-  const Quad low23 = __builtin_shuffle(r[2], r[3], Pick{0, 4, 1, 5});
-  const Quad high23 = __builtin_shuffle(r[2], r[3], Pick{2, 6, 3, 7});
-  const Quad c[4] = {__builtin_shuffle(low01, low23, Pick{0, 1, 4, 5}),
-                     __builtin_shuffle(low01, low23, Pick{2, 3, 6, 7}),
-                     __builtin_shuffle(high01, high23, Pick{0, 1, 4, 5}),
-                     __builtin_shuffle(high01, high23, Pick{2, 3, 6, 7})};
+  const Quad low01 = pick<0, 4, 1, 5>(r[0], r[1]);
+  const Quad high01 = pick<2, 6, 3, 7>(r[0], r[1]);
+  const Quad low23 = pick<0, 4, 1, 5>(r[2], r[3]);
+  const Quad high23 = pick<2, 6, 3, 7>(r[2], r[3]);
+  const Quad c[4] = {pick<0, 1, 4, 5>(low01, low23), pick<2, 3, 6, 7>(low01, low23),
+                     pick<0, 1, 4, 5>(high01, high23), pick<2, 3, 6, 7>(high01, high23)};
   for (int i = 0; i < 4; ++i) memcpy(to + i * to_stride, &c[i], sizeof(Quad));
 }
 
