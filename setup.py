@@ -412,10 +412,6 @@ class BuildLibraries(build_ext):
         # Not a Python module: no interpreter's suffix.
         return os.path.join(*fullname.split(".")) + ".so"
 
-    def get_output_mapping(self) -> dict[str, str]:  # what editable_mode=strict links to
-        mapping: dict[str, str] = super().get_output_mapping()
-        return mapping | {str(Path(self.build_lib, RECORD)): str(RECORD)}
-
     def copy_extensions_to_source(self) -> None:  # --inplace and editable installs
         for target in (*map(Path, map(self.get_ext_filename, BUILDERS)), RECORD):
             built = Path(self.build_lib, target)

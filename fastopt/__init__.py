@@ -2,10 +2,11 @@
 
 __version__ = "0.1.0"  # before the imports: ops.py compares it with that of the libraries
 
+from fastopt import ops
 from fastopt.loss import CrossEntropyLoss, cross_entropy
-from fastopt.ops import MissingKernelsWarning, warn_of_missing_kernels
+from fastopt.ops import MissingKernelsWarning
 from fastopt.optim import SGD
 
 __all__ = ["SGD", "CrossEntropyLoss", "MissingKernelsWarning", "cross_entropy"]
 
-warn_of_missing_kernels()
+ops.warn_of_missing_kernels()

@@ -151,7 +151,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
         "UV_NO_CONFIG": "1",
         "UV_NO_INDEX": "1",
         "UV_FIND_LINKS": str(wheels),
-        "UV_CACHE_DIR": str(folder("uv")),
         "UV_LINK_MODE": "copy",
         # As on a machine without a toolkit: not about CUDA.
         "CUDA_HOME": "/missing",
@@ -210,7 +209,8 @@ def built(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 def command(tool: str, python: Path, isolated: bool = True) -> list[str | Path]:
     words: list[str | Path] = [sys.executable, "-m", "pip", "--python", python, "install"]
     if tool == "uv":
-        words = [UV, "pip", "install", "--python", python]
+        # uv would install what it has built from the same sdist before.
+        words = [UV, "pip", "install", "--cache-dir", python.parent / "cache", "--python", python]
     return [*words, "--no-deps", *([] if isolated else ["--no-build-isolation"])]
 
 
