@@ -89,6 +89,7 @@ class Guarded:
         return torch.equal(self.bytes, self.before)
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("grad_layout", GRAD_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_layouts_give_the_for_loops_result_and_touch_nothing_else(
@@ -342,6 +343,7 @@ OVERLAPS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("columns", [1, 701])  # 701: worth several threads
 @pytest.mark.parametrize("case", OVERLAPS)
 def test_shared_memory_does_what_the_for_loop_does(case: str, columns: int) -> None:
