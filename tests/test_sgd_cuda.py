@@ -645,7 +645,7 @@ def check_torchs_path(device: Device) -> None:
             state.buffers[2] = state.buffers[2].to_dense()
             history.append(state)
         shared = [storage[:40].requires_grad_(), storage[20:].requires_grad_(), leaf(values(8))]
-        return history + train(make(shared, **DAMPED))
+        return history + train(make(shared, **DAMPED), by_torch=None)
 
     device.check(run)
 
@@ -822,7 +822,11 @@ def test_alignment(device: Device, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__.removeprefix("check_"))
-def test_case(device: Device, case: Callable[[Device], None]) -> None:
+def test_case(
+    device: Device, case: Callable[[Device], None], request: pytest.FixtureRequest
+) -> None:
+    if case is check_refusals:
+        request.applymarker(pytest.mark.stock)
     case(device)
 
 
@@ -895,6 +899,7 @@ def test_it_compiles_without_spills_and_with_wide_accesses(tmp_path: Path) -> No
         assert loads >= 28 and stores >= 20, (sm, loads, stores)
 
 
+@pytest.mark.stock
 def test_parameters_without_memory(device: Device) -> None:
     """Fake ones, as tools that trace a training make them: nothing is taken from a device."""
     with device.in_place():

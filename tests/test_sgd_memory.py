@@ -380,13 +380,13 @@ def test_memory_that_comes_to_be_shared_between_steps(
         base = values((400, columns), seed=9)
         if shared == "params":
             params[0].data, params[1].data = base[:100], base[50:150]
-            return history + train(optimizer, steps=2)
+            return history + train(optimizer, steps=2, by_torch=None)
         params[0].data = base[50:150]
 
         def share(step: int) -> None:
             params[0].grad = base[:100]
 
-        return history + train(optimizer, steps=2, before_step=share)
+        return history + train(optimizer, steps=2, before_step=share, by_torch=None)
 
     ours, theirs = outcome(lambda: run(fastopt.SGD)), outcome(lambda: run(for_loop))
     if isinstance(theirs, list):
@@ -400,7 +400,7 @@ def test_memory_that_comes_to_be_shared_between_steps(
 def test_duplicate_parameters_step_twice(option: str) -> None:
     def run(make: Any) -> Any:
         p, q = leaf(values(70)), leaf(values(70, seed=1))
-        return train(make([p, q, p], **OPTIONS[option]))
+        return train(make([p, q, p], **OPTIONS[option]), by_torch=True)
 
     assert_same_history(run(fastopt.SGD), run(for_loop))
 
@@ -626,8 +626,8 @@ def test_nothing_is_remembered_that_has_changed(edit: str, momentum: float) -> N
                     if p.grad is None:
                         p.grad = values(p.shape, p.dtype, seed=60)
 
-        history += train(optimizer, steps=1, before_step=change, first_seed=10)
-        return history + train(optimizer, steps=2, first_seed=20)
+        history += train(optimizer, 1, change, first_seed=10, by_torch=None)
+        return history + train(optimizer, steps=2, first_seed=20, by_torch=None)
 
     ours, theirs = outcome(lambda: run(fastopt.SGD)), outcome(lambda: run(for_loop))
     if isinstance(theirs, list):
