@@ -27,6 +27,11 @@ from lease import Part, Step, Verdict
 PYTHON = sys.executable
 
 
+@pytest.fixture(autouse=True)
+def _work_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WORK", tmp_path / "work")
+
+
 def run_parts(out: Path, *parts: Part, limit: float = 600) -> tuple[Step, dict[str, Verdict]]:
     step = Step("step-0", out, limit, {"commit": "none"})
     step.run([[part] for part in parts])
@@ -119,7 +124,9 @@ ENDED = """
 import signal, sys
 from pathlib import Path
 sys.path.append(sys.argv[1])
+import lease
 from lease import *
+lease.WORK = Path(sys.argv[2]) / "work"
 out, pid = Path(sys.argv[2]), sys.argv[3]
 step = Step("step-0", out, 600, {})
 signal.signal(signal.SIGTERM, step.stop)
@@ -160,7 +167,7 @@ def test_a_step_that_is_ended_has_said_what_it_knew(tmp_path: Path, ending: int)
 
 # Runs the command that it is given behind its own options.
 STAND_IN = """#!/bin/sh
-while [ "$1" != "{python}" ]; do shift; done
+while [ $# -gt 0 ] && [ "$1" != "{python}" ]; do shift; done
 echo "$(basename "$0") looks on"
 exec "$@"
 """
