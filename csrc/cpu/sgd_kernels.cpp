@@ -49,6 +49,15 @@ struct Math {
     return _mm512_fmadd_ps(a, b, c);
   }
 #endif
+#elif defined(__ARM_FEATURE_FMA)
+  static inline Floats fma(Floats a, Floats b, Floats c) {
+    return bit_cast<Floats>(
+        vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
+  }
+  static inline Doubles fma(Doubles a, Doubles b, Doubles c) {
+    return bit_cast<Doubles>(
+        vfmaq_f64(bit_cast<float64x2_t>(c), bit_cast<float64x2_t>(a), bit_cast<float64x2_t>(b)));
+  }
 #elif defined(__FP_FAST_FMA)
   template <class V>
   static inline V fma(V a, V b, V c) {

@@ -13,6 +13,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define FASTOPT_INLINE static inline __attribute__((always_inline))
@@ -90,6 +92,10 @@ FASTOPT_INLINE Vec<float> load(const Half* p) {
 #elif defined(__F16C__)
   return bit_cast<Vec<float>>(
       _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  float16x4_t h;
+  memcpy(&h, p, sizeof(h));
+  return bit_cast<Vec<float>>(vcvt_f32_f16(h));
 #else
   Vec<float> v;
   for (int i = 0; i < kHalfLanes; ++i) v[i] = to_acc(p[i]);
@@ -119,6 +125,9 @@ FASTOPT_INLINE void store(Half* p, Vec<float> v) {
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const float16x4_t h = vcvt_f16_f32(bit_cast<float32x4_t>(v));
+  memcpy(p, &h, sizeof(h));
 #else
   for (int i = 0; i < kHalfLanes; ++i) p[i] = from_acc<Half>(v[i]);
 #endif
@@ -223,7 +232,7 @@ FASTOPT_INLINE void transpose4(const float* from, int64_t from_stride, float* to
 // 1 + r + r^2 p. Horner rounds less with fused multiply-adds, small parts first without.
 template <class A>
 FASTOPT_INLINE Vec<A> last_steps(Vec<A> p, Vec<A> r) {
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return (p * r + A(1)) * r + A(1);
 #else
   return A(1) + (r * r * p + r);

@@ -54,6 +54,10 @@ FASTOPT_RULE float to_acc(BFloat16 x) {
 FASTOPT_RULE float to_acc(Half x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
+#elif defined(__ARM_FP16_FORMAT_IEEE)
+  __fp16 half;
+  memcpy(&half, &x.bits, sizeof(half));
+  return half;
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
@@ -79,6 +83,11 @@ FASTOPT_RULE BFloat16 round_to(BFloat16, float x) {
 FASTOPT_RULE Half round_to(Half, float x) {
 #if defined(__CUDA_ARCH__)
   return {__half_as_ushort(__float2half_rn(x))};
+#elif defined(__ARM_FP16_FORMAT_IEEE)
+  const __fp16 half = static_cast<__fp16>(x);
+  Half rounded;
+  memcpy(&rounded.bits, &half, sizeof(half));
+  return rounded;
 #else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
