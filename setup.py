@@ -6,7 +6,8 @@ The kernels touch torch only through its stable C ABI. So one library serves eve
 and every Python, and building it takes torch's headers, a few -l flags and nothing else: the
 compilers are called directly, in parallel, for what changed. Environment:
 
-    CXX                 compiler, g++ unless set (clang++ works too)
+    CXX                 compiler, g++ unless set (clang++ works too); a cross compiler for another
+                        Linux gives libraries for that
     CUDA_HOME           CUDA toolkit, /usr/local/cuda unless set
     FASTOPT_CUDA_ARCHS  GPUs to compile for, "80 90 100" unless set; the newest also as PTX, from
                         which the driver compiles for newer ones
@@ -80,7 +81,10 @@ SANITIZE = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
 ]
-LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
+# Nothing is exported but what Python calls, and libstdc++ stands before torch's libraries: those
+# export some of its functions without a version, and ours would be bound to them.
+LINK = ["-shared", "-Wl,--version-script=csrc/exports.map"]
+LIBRARIES = ["-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 NVCC_FLAGS = [
     "-std=c++17",
@@ -92,13 +96,15 @@ NVCC_FLAGS = [
 ]
 # libtorch alone is linked: it exists in every torch, and in one for CUDA it brings the libraries
 # that hold the CUDA part of the stable ABI.
-CUDA_LIBRARIES = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
-CUDA_LIBRARIES += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+CUDA_LIBRARIES = ["-lstdc++", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+CUDA_LIBRARIES += ["-lrt", "-ldl", "-lpthread"]
 
 # Every *_kernels.cpp is compiled once per level; csrc/cpu/levels.cpp picks one at run time.
-SIMD_LEVELS = {"baseline": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    SIMD_LEVELS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+BASELINE = {"baseline": []}
+X86_LEVELS = BASELINE | {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+
+# The glibc of torch's own wheels (manylinux_2_28), and so the newest that ours may ask for.
+GLIBC = (2, 28)
 
 
 # An isolated build sees no torch but pip's, so what has to be there is installed first.
@@ -183,6 +189,14 @@ def find_compiler() -> list[str]:
     )
 
 
+def target_machine(compiler: list[str]) -> str:
+    """The machine that a compiler compiles for, as platform.machine() names it."""
+    asked = subprocess.run(
+        [*compiler, "-dumpmachine"], check=False, stdout=subprocess.PIPE, text=True
+    )
+    return asked.stdout.strip().partition("-")[0] or platform.machine()
+
+
 def find_cuda() -> Path:
     """The folder of the CUDA toolkit. Not by way of PATH: nvcc there may be a script."""
     named = os.environ.get("CUDA_HOME")
@@ -199,18 +213,26 @@ def cuda_major(toolkit: Path) -> int:
     return int(version[1]) // 1000 if version else 0
 
 
-def cpu_units() -> Iterator[tuple[Path, str, list[str]]]:
-    """(source, name of its object, flags) of every compiler call for the CPU library."""
+# (source, name of its object, flags) of one compiler call.
+Unit = tuple[Path, str, list[str]]
+
+
+def host_units() -> list[Unit]:
+    """What the CPU and the CUDA library have in common."""
+    return [(path, f"{path.stem}.o", []) for path in sorted(Path("csrc/host").glob("*.cpp"))]
+
+
+def cpu_units(machine: str) -> Iterator[Unit]:
+    yield from host_units()
     for source in sorted(Path("csrc/cpu").glob("*.cpp")):
         if source.stem.endswith("_kernels"):
-            for level, flags in SIMD_LEVELS.items():
+            for level, flags in (X86_LEVELS if machine == "x86_64" else BASELINE).items():
                 yield source, f"{source.stem}.{level}.o", [f"-DFASTOPT_LEVEL={level}", *flags]
         else:
             yield source, f"{source.stem}.o", []
 
 
-def cuda_units() -> Iterator[tuple[Path, str, list[str]]]:
-    """The same for the CUDA library."""
+def cuda_units() -> Iterator[Unit]:
     for source in sorted(Path("csrc/cuda").glob("*.cu")):
         yield source, f"{source.stem}.o", []
 
@@ -257,9 +279,22 @@ def build_sanitized_library() -> Path:
 def _build_cpu_library(flags: list[str], folder: Path) -> Path:
     torch = find_torch()
     compiler = [*find_compiler(), *FLAGS, *flags]
-    link = [*compiler, "-shared", f"-L{torch.folder / 'lib'}"]
+    machine = target_machine(compiler)
+    foreign = machine != platform.machine()
+    libraries = stand_ins(compiler, folder / machine) if foreign else torch.folder / "lib"
+    link = [*compiler, *LINK, f"-L{libraries}"]
     compiler += torch.include
-    return build(torch, compiler, list(cpu_units()), link, LIBRARIES, folder / "_C.so")
+    return build(torch, compiler, list(cpu_units(machine)), link, LIBRARIES, folder / "_C.so")
+
+
+def stand_ins(compiler: list[str], folder: Path) -> Path:
+    """A folder of empty libraries in the place of torch's, which are not for the machine that is
+    compiled for: their names are all that the linker needs to write down."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for library in ("libtorch.so", "libtorch_cpu.so", "libc10.so"):
+        empty = [*compiler, "-shared", f"-Wl,-soname,{library}", "-x", "c++", os.devnull]
+        run(empty, folder / library)
+    return folder
 
 
 def build_cuda_library(strict: bool) -> Path:
@@ -279,16 +314,42 @@ def build_cuda_library(strict: bool) -> Path:
         raise SystemExit(f'FASTOPT_CUDA_ARCHS must be numbers, as "80 90", not {" ".join(archs)!r}')
     archs.sort(key=int)
     compiler = cuda_compiler(torch, toolkit, archs, strict)
-    link = [*find_compiler(), "-shared", f"-L{torch.folder / 'lib'}", f"-L{toolkit / 'lib64'}"]
-    return build(
-        torch, compiler, list(cuda_units()), link, CUDA_LIBRARIES, Path("build/cuda/_CUDA.so")
-    )
+    units = [*cuda_units(), *host_units()]
+    link = [*find_compiler(), *LINK, f"-L{torch.folder / 'lib'}"]
+    runtime = old_glibc(toolkit / "lib64/libcudart_static.a", Path("build/cuda"))
+    libraries = [str(runtime), *CUDA_LIBRARIES]
+    return build(torch, compiler, units, link, libraries, Path("build/cuda/_CUDA.so"))
+
+
+def old_glibc(archive: Path, folder: Path) -> Path:
+    """A copy of a static library that asks for no glibc newer than GLIBC where that had the function
+    too. (glibc 2.34 gave all of pthread and dl a new version when it took them in.)"""
+    compiler = find_compiler()
+    ask = [*compiler, "-print-file-name=libc.so.6"]
+    libc = subprocess.run(ask, check=False, stdout=subprocess.PIPE, text=True).stdout.strip()
+    names = ["nm", "-D", "--defined-only", "--with-symbol-versions", "--format=just-symbols", libc]
+    listed = subprocess.run(names, check=False, stdout=subprocess.PIPE, text=True).stdout
+    new: set[str] = set()
+    old: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, at, version in re.findall(r"^(\w+)(@@?)GLIBC_([\d.]+)$", listed, re.MULTILINE):
+        number = tuple(map(int, version.split(".")))
+        if number <= GLIBC:
+            old[name] = max(old.get(name, ((), "")), (number, f"{name}@GLIBC_{version}"))
+        elif at == "@@":
+            new.add(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    renames = folder / "old_glibc.txt"
+    renames.write_text("".join(f"{name} {old[name][1]}\n" for name in sorted(new & old.keys())))
+    copy = folder / archive.name
+    shutil.copyfile(archive, copy)
+    subprocess.run(["objcopy", f"--redefine-syms={renames}", copy], check=True)
+    return copy
 
 
 def build(
     torch: Torch,
     compiler: list[str],
-    units: list[tuple[Path, str, list[str]]],
+    units: list[Unit],
     link: list[str],
     libraries: list[str],
     target: Path,
@@ -305,7 +366,9 @@ def build(
     def modified(path: Path) -> float:
         return path.stat().st_mtime if path.exists() else 0.0
 
-    shared = max(map(modified, [Path("setup.py"), *Path("csrc").rglob("*.h")]))
+    shared = max(
+        map(modified, [Path("setup.py"), Path("csrc/exports.map"), *Path("csrc").rglob("*.h")])
+    )
     stale = [
         ([*compiler, *extra, "-c", str(source)], folder / name)
         for source, name, extra in units
@@ -435,11 +498,11 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-if __name__ == "__main__":  # tools/ imports what stands above
+if __name__ == "__main__":  # tools/ and packaging/cuda13/setup.py import what stands above
     setup(
         ext_modules=[
-            Extension("fastopt._C", [str(source) for source, _, _ in cpu_units()]),
-            Extension("fastopt._CUDA", [str(source) for source, _, _ in cuda_units()]),
+            Extension("fastopt._C", [str(source) for source in Path("csrc").glob("*/*.cpp")]),
+            Extension("fastopt._CUDA", [str(source) for source in Path("csrc").glob("*/*.cu")]),
         ],
         cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
     )

@@ -114,8 +114,17 @@ def _load_cuda_library() -> tuple[Path | None, str | None]:
         return None, f"FASTOPT_BACKEND={BACKEND}"
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is not one for CUDA"
-    path = Path(__file__).with_name("_CUDA.so")
-    return _load(path) if path.exists() else (None, _why_not_built("_CUDA"))
+    path = _cuda_library_path()
+    if path.exists():
+        return _load(path)
+    return None, f"{_why_not_built('_CUDA')}; for CUDA 13, pip install fastopt[cuda13] brings it"
+
+
+def _cuda_library_path() -> Path:
+    """Where a build from source puts the CUDA library; else that of the package fastopt-cuda13."""
+    own = Path(__file__).with_name("_CUDA.so")
+    spec = None if own.exists() else importlib.util.find_spec("fastopt_cuda13")
+    return own if spec is None or spec.origin is None else Path(spec.origin).with_name(own.name)
 
 
 def _why_not_built(name: str) -> str:

@@ -27,6 +27,13 @@ FASTOPT_RULE float scalar_exp(float x) { return __builtin_expf(x); }
 FASTOPT_RULE double scalar_exp(double x) { return __builtin_exp(x); }
 FASTOPT_RULE float scalar_log(float x) { return __builtin_logf(x); }
 FASTOPT_RULE double scalar_log(double x) { return __builtin_log(x); }
+// glibc 2.29 has an exp and a log that set no errno. Those before compute the same, and let the
+// library load wherever torch's own wheels do (glibc 2.28).
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp, exp@GLIBC_2.2.5\n.symver log, log@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver exp, exp@GLIBC_2.17\n.symver log, log@GLIBC_2.17");
+#endif
 #endif
 
 // What one sweep over (a part of) a row leaves. `sum` and `dot` are relative to stats_base(max).
