@@ -108,8 +108,7 @@ def exit_status() -> int:
     if ops.UNWANTED:
         return 0
     cpu = platform.system() == "Linux" and bool(ops.problems)
-    for_gpus = torch.version.cuda is not None or torch.version.hip is not None
-    gpu = for_gpus and ops.GPU_FAMILY is None and torch.cuda.is_available()
+    gpu = any(map(ops.why_not_gpu, range(torch.cuda.device_count())))
     return int(cpu or gpu)
 
 

@@ -85,7 +85,7 @@ def calls(torch: setup.Torch) -> Iterator[tuple[str, list[str]]]:
         for source, name, flags in setup.cuda_units():
             yield f"cuda/{name}", [*nvcc, *flags, str(source)]
     compiler = [*setup.find_compiler(), *setup.FLAGS, *setup.OPTIMIZE, "-Werror", *torch.include]
-    for source, name, flags in setup.cpu_units():
+    for source, name, flags in setup.cpu_units(setup.target_machine(compiler)):
         yield f"cpu/{name}", [*compiler, "-fsyntax-only", *flags, str(source)]
 
 

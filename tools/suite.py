@@ -56,7 +56,9 @@ def levels() -> list[str]:
 def at_level(level: str, tests: Sequence[str] = (*VALUES, "-m", "not slow")) -> Part:
     """Tests at one SIMD level, against a torch that has no more than it has."""
     of_torch = level.replace("baseline", "default")
-    return Part(f"values at {level}", tests, {"FASTOPT_SIMD": level, "ATEN_CPU_CAPABILITY": of_torch})
+    return Part(
+        f"values at {level}", tests, {"FASTOPT_SIMD": level, "ATEN_CPU_CAPABILITY": of_torch}
+    )
 
 
 LEVELS = levels()
