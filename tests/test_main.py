@@ -246,12 +246,16 @@ def test_report_where_there_are_no_kernels_yet(package: Path, system: str) -> No
 REPORT = "runpy.run_module('fastopt', run_name='__main__')"
 
 
-@pytest.mark.parametrize("gpus", [False, True])
-def test_report_fails_where_a_gpu_has_no_kernels(gpus: bool) -> None:
-    machine = f"torch.version.cuda = '13.0'; torch.cuda.is_available = lambda: {gpus}"
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_report_fails_where_a_gpu_has_no_kernels(gpus: int) -> None:
+    machine = (
+        f"torch.version.cuda = '13.0'; torch.cuda.device_count = lambda: {gpus};"
+        " torch.cuda.get_device_name = lambda index: 'A100'"
+    )
     # cuda: Triton's kernels, which may be there, are not to serve.
     result = run("-c", f"import runpy, torch; {machine}; {REPORT}", FASTOPT_BACKEND="cuda")
     assert "not loaded: " in row(result.stdout, "cuda")
+    assert ("A100  torch's own: no kernels for GPUs" in result.stdout) == bool(gpus)
     assert result.returncode == gpus
 
 
