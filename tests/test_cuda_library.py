@@ -24,7 +24,7 @@ LIBRARY = """
 static int asked;
 const char* fastopt_cuda_archs(void) { return "80 90"; }
 int times_asked(void) { return asked; }
-const char* fastopt_cuda_why_not(int device) { ++asked; return device == 0 ? ANSWER : 0; }
+const char* fastopt_cuda_why_not(int device) { ++asked; return device == 0 ? ANSWER : (const char*)0; }
 """
 
 Plant = Callable[[str], None]
@@ -66,7 +66,7 @@ def served(index: int) -> tuple[bool, bool]:
 
 
 def test_a_library_that_runs_serves(plant: Plant) -> None:
-    plant("0")
+    plant("(const char*)0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert served(0) == served(1) == (True, True)
@@ -81,10 +81,11 @@ def test_torch_serves_where_the_driver_refuses_and_one_warning_says_why(plant: P
     assert TOO_OLD in str(caught[0].message) and "cuda:0" in str(caught[0].message)
 
 
+@pytest.mark.stock
 def test_a_gpu_older_than_the_code_is_not_asked_about(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant("0")
+    plant("(const char*)0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     with pytest.warns(ops.MissingKernelsWarning, match="no code for sm_75, only for 80 90"):
         assert served(0) == (False, False)
