@@ -38,14 +38,18 @@ export PYTHONSAFEPATH := 1
 GPU_PYTEST += --override-ini=pythonpath=
 endif
 
-.PHONY: demo check test test-values bench build lint format headers clang sanitize wheel clean
-.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-carry gpu-lease
+# Where nvcc is, for the wheel of the CUDA kernels.
+CUDA_HOME ?= /usr/local/cuda
+AARCH64 := aarch64-linux-gnu-g++
+
+.PHONY: demo check test test-values bench build lint format headers clang aarch64 sanitize
+.PHONY: wheel wheels clean gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-carry gpu-lease
 
 demo: build
 	$(BIN)/python bench/train_digits.py
 
 # Threads that spin while they wait make tests twenty times slower where others use the cores too.
-check test test-values clang sanitize wheel: export OMP_WAIT_POLICY = passive
+check test test-values clang aarch64 sanitize wheel wheels: export OMP_WAIT_POLICY = passive
 
 # Format, lint, types and one fast case of every kind: before every commit.
 check: lint build
@@ -103,6 +107,27 @@ wheel: build
 	rm -rf dist build/lib*
 	FASTOPT_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 	$(PYTEST) tests/test_packaging.py tests/test_install.py
+
+# The kernels for another machine: every source compiled, warnings being errors, and the library
+# linked; then their values, where qemu-user is installed.
+aarch64: .venv/.installed
+	CXX=$(AARCH64) FASTOPT_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --build-lib build/aarch64
+	CXX=$(AARCH64) $(PYTEST) -rPs tests/test_kernels_alone.py
+
+# What is published, in dist/: the source, wheels with CPU kernels for two machines and, where there
+# is a CUDA toolkit, the wheel with CUDA kernels.
+WHEEL := FASTOPT_BUILD=cpu $(BIN)/python setup.py --quiet bdist_wheel --plat-name
+wheels: .venv/.installed
+	rm -rf dist build/lib* packaging/cuda13/build
+	$(BIN)/python setup.py --quiet sdist
+	$(WHEEL) manylinux_2_28_x86_64
+	rm -rf build/lib*
+	CXX=$(AARCH64) $(WHEEL) manylinux_2_28_aarch64
+	if [ -x $(CUDA_HOME)/bin/nvcc ]; then cd packaging/cuda13 && \
+	  $(CURDIR)/$(BIN)/python setup.py --quiet bdist_wheel --dist-dir $(CURDIR)/dist \
+	    --plat-name manylinux_2_28_x86_64; \
+	else echo "no CUDA toolkit in $(CUDA_HOME): no wheel of fastopt-cuda13"; fi
+	$(PYTEST) tests/test_wheels.py
 
 # Everything that only hardware can show. The parts can be run alone.
 gpu: gpu-test gpu-sanitize gpu-bench
