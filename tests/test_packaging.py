@@ -73,7 +73,9 @@ print(json.dumps({
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the package is built from, with the objects that `make build` compiled."""
     folder = copy_sources(tmp_path_factory.mktemp("source"))
-    shutil.copytree(ROOT / "build/cpu", folder / "build/cpu")
+    for library in ("cpu", "cuda"):  # what is compiled already
+        if (ROOT / "build" / library).exists():
+            shutil.copytree(ROOT / "build" / library, folder / "build" / library)
     return folder
 
 
@@ -146,7 +148,7 @@ def test_wheel_serves_every_python_and_holds_the_library(wheel: Path) -> None:
 
 @pytest.mark.skipif(not Path("/usr/local/cuda/bin/nvcc").exists(), reason="no CUDA toolkit")
 def test_a_wheel_with_cuda_parts(source: Path, tmp_path: Path) -> None:
-    wheel, _ = build(source, sys.executable, FASTOPT_BUILD="cuda", FASTOPT_CUDA_ARCHS="80 90")
+    wheel, _ = build(source, sys.executable, FASTOPT_BUILD="cuda", FASTOPT_CUDA_ARCHS="90")
     assert wheel.name.endswith(f"-py3-none-{PLATFORM}.whl")
     assert {"fastopt/_C.so", "fastopt/_CUDA.so"} <= members(wheel)
     with zipfile.ZipFile(wheel) as archive:

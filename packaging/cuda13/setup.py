@@ -3,10 +3,10 @@ folders up, whose docstring names what can be set."""
 
 import importlib.util
 import os
-import re
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -17,27 +17,27 @@ spec.loader.exec_module(fastopt)  # goes to the root, as it does for its own bui
 os.chdir(HERE)
 
 
-class BuildLibrary(fastopt.BuildLibraries):
-    def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+class BuildLibrary(build_ext):
+    def run(self) -> None:
+        target = Path(self.build_lib, "fastopt_cuda13/_CUDA.so").resolve()
         os.chdir(ROOT)
         try:
             major = fastopt.cuda_major(fastopt.find_cuda())
             if major != 13:
-                raise fastopt.CannotBuild(f"the CUDA toolkit is of version {major}, not 13")
+                raise SystemExit(f"fastopt-cuda13: the CUDA toolkit is of version {major}, not 13")
             fastopt.place(fastopt.build_cuda_library(strict=True), target)
-        except fastopt.CannotBuild as reason:
-            raise SystemExit(f"fastopt-cuda13: {target.name} was not built: {reason}") from None
+        except fastopt.CannotBuild as error:
+            raise SystemExit(
+                f"{error.output}\nfastopt-cuda13: {target.name} cannot be built: {error}.\n"
+                f"To mend that: {error.mend}."
+            ) from None
         finally:
             os.chdir(HERE)
 
 
-version = re.search(r'__version__ = "(.+)"', (ROOT / "fastopt/__init__.py").read_text())[1]
 setup(
-    version=version,
-    install_requires=[
-        f"fastopt=={version}"
-    ],  # the kernels are called by the Python of that version
+    version=fastopt.VERSION,
+    install_requires=[f"fastopt=={fastopt.VERSION}"],  # whose Python calls the kernels
     ext_modules=[Extension("fastopt_cuda13._CUDA", [])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": fastopt.Wheel},
 )
