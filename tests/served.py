@@ -32,14 +32,15 @@ class Face:
         either (None).
         """
         before = self.torchs
-        yield
-        if by_torch is None:
-            return
-        answered_by_torch = self.torchs > before
-        if by_torch:
-            self.torchs = before
-            assert answered_by_torch, "our kernels answered a call that is torch's"
-        assert answered_by_torch == by_torch, why_not() or "torch answered a call that is ours"
+        try:
+            yield
+        finally:  # torch may be meant to raise
+            answered_by_torch = self.torchs > before
+            if by_torch:
+                self.torchs = before
+        if by_torch is not None:
+            who = "torch answered a call that is ours" if answered_by_torch else "ours answered"
+            assert answered_by_torch == by_torch, why_not() or who
 
 
 cross_entropy = Face()
