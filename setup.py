@@ -84,7 +84,7 @@ SANITIZE = [
 # Nothing is exported but what Python calls, and libstdc++ stands before torch's libraries: those
 # export some of its functions without a version, and ours would be bound to them.
 LINK = ["-shared", "-Wl,--version-script=csrc/exports.map"]
-LIBRARIES = ["-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
+LIBRARIES = ["-lstdc++", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"]
 
 NVCC_FLAGS = [
     "-std=c++17",
@@ -281,19 +281,18 @@ def _build_cpu_library(flags: list[str], folder: Path) -> Path:
     compiler = [*find_compiler(), *FLAGS, *flags]
     machine = target_machine(compiler)
     foreign = machine != platform.machine()
-    libraries = stand_ins(compiler, folder / machine) if foreign else torch.folder / "lib"
+    libraries = stand_in(compiler, folder / machine) if foreign else torch.folder / "lib"
     link = [*compiler, *LINK, f"-L{libraries}"]
     compiler += torch.include
     return build(torch, compiler, list(cpu_units(machine)), link, LIBRARIES, folder / "_C.so")
 
 
-def stand_ins(compiler: list[str], folder: Path) -> Path:
-    """A folder of empty libraries in the place of torch's, which are not for the machine that is
-    compiled for: their names are all that the linker needs to write down."""
+def stand_in(compiler: list[str], folder: Path) -> Path:
+    """A folder with an empty library in the place of torch's, which is not for the machine that is
+    compiled for: its name is all that the linker needs to write down."""
     folder.mkdir(parents=True, exist_ok=True)
-    for library in ("libtorch.so", "libtorch_cpu.so", "libc10.so"):
-        empty = [*compiler, "-shared", f"-Wl,-soname,{library}", "-x", "c++", os.devnull]
-        run(empty, folder / library)
+    library = "libtorch_cpu.so"
+    run([*compiler, "-shared", f"-Wl,-soname,{library}", "-x", "c++", os.devnull], folder / library)
     return folder
 
 

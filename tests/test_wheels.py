@@ -3,6 +3,7 @@ package index wants it."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -29,10 +30,13 @@ WHEELS = [*CPU_WHEELS, *([CUDA_WHEEL] if CUDA_WHEEL.exists() else [])]
 by_name = pytest.mark.parametrize("wheel", WHEELS, ids=lambda path: path.name)
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
+def run(*command: str | Path) -> str:
+    """The output of a command, which may be one of the tools that are installed beside Python."""
+    tools = Path(sys.executable).parent
     result = subprocess.run(
         [str(word) for word in command],
-        cwd=cwd,
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -40,10 +44,6 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
     )
     assert result.returncode == 0, result.stdout
     return result.stdout
-
-
-def tool(name: str) -> Path:
-    return Path(sys.executable).with_name(name)
 
 
 def test_nothing_else_is_published() -> None:
@@ -56,7 +56,7 @@ def test_wheel_runs_where_torch_does(wheel: Path, tmp_path: Path) -> None:
     Torch's libraries are the user's torch."""
     platform = wheel.stem.rpartition("-")[2]
     excluded = [word for name in ("libtorch*", "libc10*") for word in ("--exclude", name)]
-    run(tool("auditwheel"), "repair", "--plat", platform, *excluded, "-w", tmp_path, wheel)
+    run("auditwheel", "repair", "--plat", platform, *excluded, "-w", tmp_path, wheel)
     (repaired,) = tmp_path.iterdir()
     assert platform in repaired.name
     with zipfile.ZipFile(repaired) as files:
@@ -78,14 +78,14 @@ def test_both_machines_have_the_same_package_and_use_the_same_of_torch(tmp_path:
 
 @by_name
 def test_metadata(wheel: Path) -> None:
-    run(tool("twine"), "check", "--strict", wheel)
-    run(tool("check-wheel-contents"), wheel)
+    run("twine", "check", "--strict", wheel)
+    run("check-wheel-contents", wheel)
 
 
 def test_metadata_of_the_source() -> None:
-    run(tool("twine"), "check", "--strict", SOURCE)
+    run("twine", "check", "--strict", SOURCE)
     # The project has no address to be written to.
-    pyroma = (tool("pyroma"), "--min", "10", "--skip-tests", "AuthorEmail", "--directory")
+    pyroma = ("pyroma", "--min", "10", "--skip-tests", "AuthorEmail", "--directory")
     for project in (ROOT, ROOT / "packaging/cuda13"):
         run(*pyroma, project)
 
