@@ -94,9 +94,9 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
       dtype = aoti_torch_dtype_float32();
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         place.type, place.index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype, place.type, place.index,
+                                                  &handle));
   return Tensor(handle);
 }
 
