@@ -14,7 +14,7 @@ OLD_TRITON ?= 3.6.0
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --quiet
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/* tests/kernels/*)
 # The tests that enter every branch of the kernels, and those that also ask for trouble.
 SANITIZE_TESTS := tests/test_cross_entropy.py tests/test_sgd.py \
 	$(foreach part,errors ops memory threads cuda, \
@@ -188,7 +188,8 @@ build/triton-$(OLD_TRITON): | .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OLD_TRITON)
 
 clean:
-	rm -rf build dist *.egg-info fastopt/*.so fastopt/_build.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info packaging/*/build packaging/*/*.egg-info
+	rm -rf fastopt/*.so fastopt/_build.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find fastopt tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: requirements-dev.txt pyproject.toml Makefile

@@ -52,13 +52,12 @@ def test_nothing_else_is_published() -> None:
 
 @by_name
 def test_wheel_runs_where_torch_does(wheel: Path, tmp_path: Path) -> None:
-    """auditwheel's word for it: it refuses a wheel that does not keep to the policy it is tagged by.
-    Torch's libraries are the user's torch."""
-    platform = wheel.stem.rpartition("-")[2]
-    excluded = [word for name in ("libtorch*", "libc10*") for word in ("--exclude", name)]
-    run("auditwheel", "repair", "--plat", platform, *excluded, "-w", tmp_path, wheel)
+    """By auditwheel's word: it names the oldest systems that have all that the wheel asks for. Torch's
+    library is that of the user's torch."""
+    run("auditwheel", "repair", "--plat", "auto", "--exclude", "libtorch*", "-w", tmp_path, wheel)
     (repaired,) = tmp_path.iterdir()
-    assert platform in repaired.name
+    oldest = min(int(minor) for minor in re.findall(r"manylinux_2_(\d+)_", repaired.name))
+    assert oldest <= 28 and repaired.name.endswith(wheel.stem.rpartition("-")[2] + ".whl")
     with zipfile.ZipFile(repaired) as files:
         assert not [name for name in files.namelist() if ".libs/" in name], "it bundles libraries"
 
@@ -90,6 +89,7 @@ def test_metadata_of_the_source() -> None:
         run(*pyroma, project)
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_source_holds_the_project() -> None:
     """All that git has: `make` builds and tests from it as from a checkout."""
     tracked = set(run("git", "ls-files").split())
