@@ -14,7 +14,6 @@ char __libc_single_threaded = 0;
 namespace std {
 
 // Called by a vector that is asked for more elements than there are addresses; of libstdc++ 11.
-[[noreturn]] void __throw_bad_array_new_length();
 void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 
 // Of libstdc++ 9.
