@@ -143,7 +143,7 @@ def _load(path: Path) -> tuple[Path | None, str | None]:
             torch.ops.load_library(path)
             return path, None
         except OSError as error:
-            reason = f"{path.name} does not load: {error}"
+            reason = f"{path.name} does not load: {error.__cause__ or error}"  # torch hides why
             if _torch_version() > _NEWEST_TESTED_TORCH:
                 newest = ".".join(map(str, _NEWEST_TESTED_TORCH))
                 reason += f" (torch {newest} is the newest that it was tested with)"
