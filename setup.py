@@ -434,14 +434,15 @@ class BuildLibraries(build_ext):
             place(build_sanitized_library(), Path("build/sanitize/_C.so"))
             return
         asked = asked_for()
+        names = [ext.name for ext in self.extensions]
         reasons = {}
-        for ext in self.extensions:
-            target = Path(self.build_lib, self.get_ext_filename(ext.name))
-            reason = self.build_library(ext.name, asked, target)
+        for name in BUILDERS:  # a wheel comes here twice, then without what was left out before
+            target = Path(self.build_lib, self.get_ext_filename(name))
+            reason = self.build_library(name, asked, target)
             if reason is not None:
-                reasons[ext.name] = reason
+                reasons[name] = reason
                 target.unlink(missing_ok=True)  # never ship what an earlier build left there
-                if reason != f"FASTOPT_BUILD={asked}":  # who asked for that knows it
+                if name in names and reason != f"FASTOPT_BUILD={asked}":  # who asked knows it
                     print(f"fastopt: without {target.name}: {reason}", file=sys.stderr)
         self.extensions = [ext for ext in self.extensions if ext.name not in reasons]
         self.distribution.ext_modules = self.extensions

@@ -143,6 +143,9 @@ def test_wheel_serves_every_python_and_holds_the_library(wheel: Path) -> None:
         (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         lines = archive.read(metadata).decode().splitlines()
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
+        record = json.loads(archive.read("fastopt/_build.json"))
+    assert (record["kernels"], record["asked"]) == ("cpu", "cpu")
+    assert record["left_out"] == {"fastopt._CUDA": "FASTOPT_BUILD=cpu"}
     assert {"Requires-Python: >=3.10", "Requires-Dist: torch>=2.10"} <= set(lines)
 
 
