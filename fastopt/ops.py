@@ -145,7 +145,7 @@ def _load(path: Path) -> tuple[Path | None, str | None]:
         except OSError as error:
             reason = f"{path.name} does not load: {error.__cause__ or error}"  # torch hides why
             if _torch_version() > _NEWEST_TESTED_TORCH:
-                newest = ".".join(map(str, _NEWEST_TESTED_TORCH))
+                newest = "{}.{}".format(*_NEWEST_TESTED_TORCH)
                 reason += f" (torch {newest} is the newest that it was tested with)"
     problems.append(reason)
     return None, reason
@@ -168,7 +168,8 @@ def _why_not_to_load(path: Path) -> str | None:
         of = "another version" if version is None else f"version {version[1].decode()}"
         return f"{path.name} is one of fastopt's {of}, not {__version__}; build or install it again"
     if _torch_version() < _OLDEST_TORCH:
-        return f"torch {torch.__version__} is too old for {path.name}; 2.10 is the oldest"
+        oldest = "{}.{}".format(*_OLDEST_TORCH)
+        return f"torch {torch.__version__} is too old for {path.name}; {oldest} is the oldest"
     return None
 
 
