@@ -9,6 +9,7 @@ Nothing here waits for the device: options that are tensors there, GradScaler's 
 the question whether a momentum buffer holds a value already are left for the kernels to read.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -117,8 +118,10 @@ def _processors(index: int) -> int:
 def launch_cuda(launch: Launch) -> None:
     """Enqueue the CUDA kernels on the current stream of the launch's device."""
     index = launch.device.index
-    with torch.cuda.device(index):
-        stream = torch.cuda.current_stream(index).cuda_stream
+    # torch.cuda.device and current_stream cost more than the launch: small steps would notice.
+    elsewhere = torch._C._cuda_getDevice() != index
+    with torch.cuda.device(index) if elsewhere else contextlib.nullcontext():
+        stream = torch._C._cuda_getCurrentRawStream(index)
         error = _cuda_run()(c_step(launch, _processors(index)), index, stream)
     if error is not None:
         raise RuntimeError(f"fastopt.SGD: CUDA refused the update: {error.decode()}")
@@ -537,10 +540,10 @@ class DeviceStep:
         if capturing(self.device):
             captured.append((self.started, self.kept, scale, inf))
         elif self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device)
-            if stream != self.stream:  # freed memory waits for it
-                self.started.record_stream(stream)
-            self.stream = stream
+            handle = torch._C._cuda_getCurrentRawStream(self.device.index)
+            if self.stream is None or handle != self.stream.cuda_stream:
+                self.stream = torch.cuda.current_stream(self.device)
+                self.started.record_stream(self.stream)  # freed memory waits for it
         for i in created:
             state[self.params[i]]["momentum_buffer"] = self.buffers[i]
         if created and (inf is not None or self.kept or capturing(self.device)):

@@ -879,10 +879,10 @@ def test_it_compiles_without_spills_and_with_wide_accesses(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert (
-        re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", done.stderr) == [("0", "0")] * 3
-    )
+        re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", done.stderr) == [("0", "0")] * 6
+    )  # for few parameters and for many
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert len(registers) == 3 and max(registers) <= 64, "four blocks of 256 threads"
+    assert len(registers) == 6 and max(registers) <= 64, "four blocks of 256 threads"
 
     triton = pytest.importorskip("triton", reason="its wheel carries cuobjdump")
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -896,7 +896,7 @@ def test_it_compiles_without_spills_and_with_wide_accesses(tmp_path: Path) -> No
         ).stdout
         # Each of 4 dtypes reads 2, 2 and 3 arrays and writes 1, 2 and 2.
         loads, stores = (len(re.findall(rf"{op}\.E\S*\.128", sass)) for op in ("LDG", "STG"))
-        assert loads >= 28 and stores >= 20, (sm, loads, stores)
+        assert loads >= 2 * 28 and stores >= 2 * 20, (sm, loads, stores)
 
 
 @pytest.mark.stock

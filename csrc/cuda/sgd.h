@@ -54,11 +54,11 @@ struct SgdStep {
   int64_t processors;       // of the device
 };
 
-// One launch's share of a step: at most 32,764 bytes, what a kernel takes as parameters.
-constexpr int kSgdGroups = 32;
-constexpr int kSgdRows = 870;
-
+// One launch's share of a step, in two sizes: at most 32,764 bytes, what a kernel takes as
+// parameters; and 4 KB for few parameters, as every launch copies all of them to the device.
+template <int kSgdRows, int kSgdGroups>
 struct SgdShare {
+  static constexpr int kMostRows = kSgdRows, kMostGroups = kSgdGroups;
   struct Row {
     void* param;
     const void* grad;
@@ -76,8 +76,11 @@ struct SgdShare {
   const float* grad_scale;
   const float* found_inf;
 };
-static_assert(sizeof(SgdShare::Row) == 32 && sizeof(SgdDeviceGroup) == 40, "packed");
-static_assert(sizeof(SgdShare) <= 32764, "the limit of sm_70 and later, from CUDA 12.1 on");
+using SmallSgdShare = SgdShare<96, 8>;
+using LargeSgdShare = SgdShare<870, 32>;
+static_assert(sizeof(LargeSgdShare::Row) == 32 && sizeof(SgdDeviceGroup) == 40, "packed");
+static_assert(sizeof(SmallSgdShare) <= 4096, "the limit before CUDA 12.1");
+static_assert(sizeof(LargeSgdShare) <= 32764, "the limit of sm_70 and later, from CUDA 12.1 on");
 
 // Multiply-adds by name: contraction by the compiler would be free to fuse the product that the
 // rule wants rounded.
@@ -223,10 +226,10 @@ FASTOPT_DEVICE void update_chunk(T* param, const T* grad, T* buffer, int count,
 }
 
 // One chunk of a row.
-template <class T>
-FASTOPT_DEVICE void update_row(const SgdShare& share, int index, int64_t chunk) {
+template <class T, class Share>
+FASTOPT_DEVICE void update_row(const Share& share, int index, int64_t chunk) {
   using A = Acc<T>;
-  const SgdShare::Row& row = share.rows[index];
+  const typename Share::Row& row = share.rows[index];
   const SgdDeviceGroup& group = share.groups[row.group];
   const double momentum = read_option(group, kMomentum);
   const double weight_decay = read_option(group, kWeightDecay);
@@ -262,7 +265,8 @@ FASTOPT_DEVICE void update_row(const SgdShare& share, int index, int64_t chunk) 
 
 // The row of a chunk: the last that begins at or before it. Rows without chunks begin where the
 // next one does.
-FASTOPT_DEVICE int find_row(const SgdShare& share, uint32_t chunk) {
+template <class Share>
+FASTOPT_DEVICE int find_row(const Share& share, uint32_t chunk) {
   int low = 0;
   int high = share.count;
   while (high - low > 1) {
@@ -276,8 +280,9 @@ FASTOPT_DEVICE int find_row(const SgdShare& share, uint32_t chunk) {
   return low;
 }
 
+template <class Share>
 FASTOPT_KERNEL void FASTOPT_BOUNDS(kSgdThreads, kSgdBlocksPerProcessor)
-    sgd_kernel(FASTOPT_PARAMS SgdShare share) {
+    sgd_kernel(FASTOPT_PARAMS Share share) {
   if (share.found_inf != nullptr && *share.found_inf != 0) return;  // NaN too
   for (int64_t chunk = block_index(); chunk < share.chunks; chunk += grid_size()) {
     const int index = find_row(share, static_cast<uint32_t>(chunk));
@@ -305,7 +310,7 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kSgdThreads, kSgdBlocksPerProcessor)
   sync_block();
   if (!*last) return;
   for (int i = thread_index(); i < share.count; i += kSgdThreads) {
-    const SgdShare::Row& row = share.rows[i];
+    const typename Share::Row& row = share.rows[i];
     if (row.numel != 0 && row.momentum_buffer != nullptr &&
         read_option(share.groups[row.group], kMomentum) != 0) {
       share.started[i] = 1;
@@ -317,9 +322,9 @@ constexpr int kSgdSharedBytes = 16;
 
 // Cuts a step into shares that fit into a kernel's parameters and hands each to launch(share,
 // grid), which returns whether to go on.
-template <class Launch>
-bool share_out(const SgdStep& step, const Launch& launch) {
-  SgdShare share;
+template <class Share, class Launch>
+bool share_out_as(const SgdStep& step, const Launch& launch) {
+  Share share;
   for (int64_t i = 0; i < step.count;) {
     share.count = 0;
     share.chunks = 0;
@@ -327,18 +332,18 @@ bool share_out(const SgdStep& step, const Launch& launch) {
     share.arrived = step.arrived;
     share.grad_scale = step.grad_scale;
     share.found_inf = step.found_inf;
-    int32_t groups[kSgdGroups];  // of the step, by their place in the share
+    int32_t groups[Share::kMostGroups];  // of the step, by their place in the share
     int group_count = 0;
-    for (; i < step.count && share.count < kSgdRows; ++i) {
+    for (; i < step.count && share.count < Share::kMostRows; ++i) {
       const SgdRow& row = step.rows[i];
-      SgdShare::Row& own = share.rows[share.count];
+      typename Share::Row& own = share.rows[share.count];
       own = {};
       share.first_chunk[share.count] = static_cast<uint32_t>(share.chunks);
       if (row.numel > 0) {
         int32_t* const end = groups + group_count;
         int32_t* const group = std::find(groups, end, row.group);
         if (group == end) {
-          if (group_count == kSgdGroups) break;
+          if (group_count == Share::kMostGroups) break;
           share.groups[group_count++] = step.groups[row.group];
           *group = row.group;
         }
@@ -360,6 +365,14 @@ bool share_out(const SgdStep& step, const Launch& launch) {
     if (grid > 0 && !launch(share, grid)) return false;
   }
   return true;
+}
+
+template <class Launch>
+bool share_out(const SgdStep& step, const Launch& launch) {
+  const bool few =
+      step.count <= SmallSgdShare::kMostRows && step.group_count <= SmallSgdShare::kMostGroups;
+  return few ? share_out_as<SmallSgdShare>(step, launch)
+             : share_out_as<LargeSgdShare>(step, launch);
 }
 
 }  // namespace fastopt::gpu

@@ -11,7 +11,7 @@ extern "C" const char* fastopt_sgd_run_emulated(const fastopt::gpu::SgdStep* ste
   using namespace fastopt::gpu;
   static std::string failure;
   try {
-    share_out(*step, [&](const SgdShare& share, int64_t grid) {
+    share_out(*step, [&](const auto& share, int64_t grid) {
       ++*launches;
       emulate(grid, kSgdThreads, kSgdSharedBytes, 1, descending, [&] { sgd_kernel(share); });
       return true;
