@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -236,14 +237,18 @@ PLAN = """
 #include "cuda/cross_entropy_plan.h"
 using namespace fastopt::gpu;
 extern "C" int plan(int64_t rows, int64_t classes, int64_t bytes, int64_t contiguous,
-                    int64_t reads_twice) {
+                    int64_t reads_twice, int64_t pairs) {
   const DeviceLimits h100{132, 227 << 10, 228 << 10, true};
   const CrossEntropyPlan p =
-      plan_cross_entropy({rows, classes, bytes, 0, contiguous != 0, reads_twice != 0}, h100);
-  return static_cast<int>(p.kernel) * 1000 + p.held * 100 + p.cluster;
+      plan_cross_entropy({rows, classes, bytes, 0, contiguous != 0, reads_twice != 0, pairs != 0},
+                         h100);
+  const bool shares_warp = p.kernel == CrossEntropyKernel::rows && p.lanes < 32;
+  return static_cast<int>(p.kernel) * 1000 + p.held * 100 + p.cluster + 20 * shares_warp +
+         10 * p.adjacent;
 }
 """
 PACKED, ROWS, STRIDED = 0, 1000, 2000
+SHARES_WARP, ONE_ROW, TWO_ROWS = 20, 10, 20  # of a warp; of a thread
 
 
 def test_the_groups_take_the_kernels_that_they_are_named_after(tmp_path: Path) -> None:
@@ -252,25 +257,25 @@ def test_the_groups_take_the_kernels_that_they_are_named_after(tmp_path: Path) -
     command = ["g++", "-std=c++17", "-shared", "-fPIC", "-I", str(ROOT / "csrc"), str(source)]
     subprocess.run([*command, "-o", str(library)], check=True)
     ask = ctypes.CDLL(str(library)).plan
-    ask.argtypes = [ctypes.c_int64] * 5
+    ask.argtypes = [ctypes.c_int64] * 6
 
     def plans(group: str, reads_twice: bool, width: int = 4) -> set[int]:
         """Of the group's shapes, in a dtype of so many bytes."""
         found = set()
         for rows, classes, *positions in smoke.SHAPES[group]:
-            for size in positions:
-                rows *= size
-            found.add(ask(rows, classes, width, not positions, reads_twice))
+            rows *= math.prod(positions)
+            even = math.prod(positions) % 2 == 0
+            found.add(ask(rows, classes, width, not positions, reads_twice, even))
         return found
 
     assert plans("packed", True) == {PACKED + 1}
     assert plans("rows", False) <= {ROWS + cluster for cluster in (1, 2, 4, 8)}
     for width in (2, 4):
-        assert plans("held", True, width) == {ROWS + 100 + 1}
+        assert plans("held", True, width) == {ROWS + 100 + 1, ROWS + 100 + SHARES_WARP + 1}
         assert plans("clusters", True, width) <= {ROWS + 100 + cluster for cluster in (2, 4, 8)}
     assert plans("loop", True) <= {ROWS + cluster for cluster in (1, 2, 4, 8)}  # not held
-    assert plans("strided", True) == {STRIDED + 1}
-    assert plans("backward", False) >= {PACKED + 1, STRIDED + 1}
+    assert plans("strided", True) == {STRIDED + ONE_ROW + 1, STRIDED + TWO_ROWS + 1}
+    assert plans("backward", False) >= {PACKED + 1, STRIDED + ONE_ROW + 1}
 
 
 def test_smoke_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -115,25 +115,27 @@ FASTOPT_DEVICE void store_scalar(void* p, Element type, double value) {
   }
 }
 
-// Sums and maxima over a warp: the same in each lane.
+// Sums and maxima over `lanes` that lie side by side in a warp (a power of two; all of it where
+// more share a row): the same in each of them. Every lane of the warp takes part.
 template <class V>
-FASTOPT_DEVICE V sum_of_warp(V value) {
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+FASTOPT_DEVICE V sum_of_lanes(V value, int lanes = kWarpSize) {
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
+    if (mask < lanes) value += shuffle_xor(value, mask);
   return value;
 }
 template <class A>
-FASTOPT_DEVICE A max_of_warp(A value) {
+FASTOPT_DEVICE A max_of_lanes(A value, int lanes = kWarpSize) {
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
-    value = larger(shuffle_xor(value, mask), value);
+    if (mask < lanes) value = larger(shuffle_xor(value, mask), value);
   return value;
 }
 template <bool kMass, class A>
-FASTOPT_DEVICE RowStats<A> merge_lanes(RowStats<A> stats) {
-  stats = rebase(stats, max_of_warp(stats.max));
-  stats.sum = sum_of_warp(stats.sum);
+FASTOPT_DEVICE RowStats<A> merge_lanes(RowStats<A> stats, int lanes = kWarpSize) {
+  stats = rebase(stats, max_of_lanes(stats.max, lanes));
+  stats.sum = sum_of_lanes(stats.sum, lanes);
   if constexpr (kMass) {
-    stats.dot = sum_of_warp(stats.dot);
-    stats.mass = sum_of_warp(stats.mass);
+    stats.dot = sum_of_lanes(stats.dot, lanes);
+    stats.mass = sum_of_lanes(stats.mass, lanes);
   }
   return stats;
 }
@@ -141,7 +143,7 @@ FASTOPT_DEVICE RowStats<A> merge_lanes(RowStats<A> stats) {
 // The sum over a block of at most 32 warps, for its first thread. `scratch`: one per warp.
 FASTOPT_DEVICE double sum_of_block(double value, double* scratch) {
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
-  value = sum_of_warp(value);
+  value = sum_of_lanes(value);
   if (lane == 0) scratch[warp] = value;
   sync_block();
   if (thread_index() == 0)
@@ -153,7 +155,7 @@ FASTOPT_DEVICE double sum_of_block(double value, double* scratch) {
 FASTOPT_DEVICE double sum_of_parts(const double* parts, int64_t count) {
   double sum = 0;
   for (int64_t i = thread_index() % kWarpSize; i < count; i += kWarpSize) sum += parts[i];
-  return sum_of_warp(sum);
+  return sum_of_lanes(sum);
 }
 
 // The elements of a word.
@@ -393,6 +395,13 @@ struct CrossEntropy {
     }
   }
 
+  // The same for class c alone; t: its probability, if it has one.
+  FASTOPT_MEMBER A mass_of_class(A t, int c) const {
+    const A keep = static_cast<A>(p.keep), uniform = static_cast<A>(p.uniform);
+    const A q = kLabels ? uniform : keep * t + uniform;
+    return weight != nullptr ? product(q, weight[c]) : q;
+  }
+
   // Takes n more logits (overwritten) and their masses into account.
   template <int n>
   FASTOPT_MEMBER static void add(Stats& stats, A* x, const A* q) {
@@ -487,16 +496,6 @@ struct CrossEntropy {
     } else {
       return p.target_gradient ? target_gradient(g, x, c) : logit_gradient(g, x, q);
     }
-  }
-
-  FASTOPT_MEMBER void write_one(int64_t at, A value) const {
-    if constexpr (!kLabels) {
-      if (p.target_gradient) {
-        static_cast<TT*>(p.grad)[at] = from_acc<TT>(value);
-        return;
-      }
-    }
-    static_cast<T*>(p.grad)[at] = from_acc<T>(value);
   }
 
   // ---- packed: a thread a row, p.slice rows a tile ----
@@ -681,7 +680,7 @@ struct CrossEntropy {
     if (row.y >= 0) x[row.y] = from_acc<T>(g.of_true);
   }
 
-  // ---- rows: a warp, a block or a cluster of blocks per row ----
+  // ---- rows: some lanes of a warp, a warp, a block or a cluster of blocks per row ----
 
   // This block's classes of a row, in memory and, where held, in shared memory.
   struct Slice {
@@ -716,11 +715,13 @@ struct CrossEntropy {
         shared_memory() + block_shared_bytes(sizeof(A)) + group * (x_bytes + t_bytes);
 
     const int64_t step = grid_size() / p.cluster * groups;
-    int64_t r = block_index() / p.cluster * groups + group;
-    int64_t label = label_at(r);
-    for (; r < rows(); r += step) {
+    int64_t first = block_index() / p.cluster * groups;  // the same in every lane of a warp
+    int64_t label = label_at(first + group);
+    for (; first < rows(); first += step) {
+      const auto live = [&] { return first + group < rows(); };
+      const int64_t r = live() ? first + group : rows() - 1;
       Row row = row_of(label);
-      label = label_at(r + step);  // the next row's, a row's time ahead
+      label = label_at(first + group + step);  // the next row's, a row's time ahead
       const Slice read = slice_at(r, rank);
       const Slice slice = kHeld ? held_slice(read, held, held + x_bytes) : read;
       Stats stats{};
@@ -736,15 +737,17 @@ struct CrossEntropy {
           if constexpr (kHeld) hold(read, slice, lane);
           load_true_logit(row, row_start(r));
           if constexpr (kHeld) wait_for_copies();
-          stats = merge(sweep(slice, lane));
+          stats = sweep(slice, lane);
         }
+        // Rows that share a warp are merged together, one ignored or not.
+        if (!row.ignored || p.lanes < kWarpSize) stats = merge(stats);
         stats = complete(stats, row);
-        if (lane == 0 && rank == 0) write_results(r, row, stats);
+        if (live() && lane == 0 && rank == 0) write_results(r, row, stats);
       }
-      if (p.grad != nullptr) {
+      if (kHeld && !shares_block()) sync_warp();  // the lanes' copies; else merge() was the barrier
+      if (p.grad != nullptr && live()) {
         const Gradient g = gradient_of(r, row, stats);
         const int64_t at = offset(p.grad_strides, r) + slice.begin;
-        if (kHeld && !shares_block()) sync_warp();  // else merge() was the barrier
         if constexpr (kLabels || kHeld) {
           write_gradient<kHeld, false>(static_cast<T*>(p.grad) + at, g, row, slice, lane);
         } else if (p.target_gradient) {
@@ -752,8 +755,8 @@ struct CrossEntropy {
         } else {
           write_gradient<kHeld, false>(static_cast<T*>(p.grad) + at, g, row, slice, lane);
         }
-        if (kHeld) sync_row();  // before the next row comes in its place
       }
+      if (kHeld && p.grad != nullptr) sync_row();  // before the next row comes in its place
     }
     if (p.cluster > 1) sync_cluster();  // others may still read this block's of_warp
     end_block();
@@ -863,7 +866,7 @@ struct CrossEntropy {
   // The whole row's statistics, the same bits in every thread. Each warp leaves its own in shared
   // memory; after one barrier every warp reads them all, its cluster's too.
   FASTOPT_MEMBER Stats merge(Stats stats) {
-    stats = merge_lanes<kMass>(stats);
+    stats = merge_lanes<kMass>(stats, p.lanes);
     if (!shares_block()) return stats;
     const int warps = block_size() / kWarpSize, lane = thread_index() % kWarpSize;
     RowStats<A>* const mine = shared.of_warp[turn];
@@ -943,103 +946,174 @@ struct CrossEntropy {
         });
   }
 
-  // ---- strided: p.lanes rows side by side, the block's other threads divide the classes ----
+  // ---- strided: p.lanes threads side by side, the block's others divide the classes ----
+  //
+  // A thread takes kAdjacent rows whose elements lie side by side in memory: one access for all of
+  // them, and one reckoning of addresses.
 
-  static constexpr int kStridedClasses = 8;  // of a thread, under way at once
+  static constexpr int kStridedClasses = kMass ? 4 : 8;  // of a thread, under way at once
 
+  template <int kAdjacent>
   FASTOPT_MEMBER void strided() {
     begin_block();
     const int lane = thread_index() % p.lanes;
-    for (int64_t tile = block_index(); tile * p.lanes < rows(); tile += grid_size()) {
-      const int64_t r = tile * p.lanes + lane;
-      strided_row(r < rows() ? r : rows() - 1, r < rows());
+    const Parts parts{thread_index() / p.lanes, block_size() / p.lanes};
+    const int64_t tile = static_cast<int64_t>(p.lanes) * kAdjacent;
+    for (int64_t first = block_index() * tile; first < rows(); first += grid_size() * tile) {
+      const int64_t r = first + lane * kAdjacent;
+      strided_rows<kAdjacent>(r < rows() ? r : rows() - kAdjacent, r < rows(), parts);
     }
     end_block();
   }
 
+  struct Parts {  // the threads that share a row's classes
+    int mine, count;
+  };
+
   // visit(Shape, c) over this thread's classes, up to kStridedClasses in a row.
   template <class F>
-  FASTOPT_MEMBER void for_my_classes(const F& visit) const {
-    const int classes = static_cast<int>(p.classes), parts = block_size() / p.lanes;
-    int c = thread_index() / p.lanes * kStridedClasses;
-    for (; c + kStridedClasses <= classes; c += parts * kStridedClasses)
+  FASTOPT_MEMBER void for_my_classes(const Parts& parts, const F& visit) const {
+    const int classes = static_cast<int>(p.classes);
+    int c = parts.mine * kStridedClasses;
+    for (; c + kStridedClasses <= classes; c += parts.count * kStridedClasses)
       visit(Shape<1, kStridedClasses>{}, c);
     const int left = classes - c;  // what is left of the row, for one of the threads
     if (left <= 0) return;
-    if (left & 4) visit(Shape<1, 4>{}, c);
+    if constexpr (kStridedClasses > 4) {
+      if (left & 4) visit(Shape<1, 4>{}, c);
+    }
     if (left & 2) visit(Shape<1, 2>{}, c + (left & 4));
     if (left & 1) visit(Shape<1, 1>{}, c + (left & 6));
   }
 
-  FASTOPT_MEMBER void strided_row(int64_t r, bool live) {
-    const int64_t label = label_at(r);
-    const T* const logits = row_start(r);
-    const TT* const target =
-        kLabels ? nullptr : static_cast<const TT*>(p.probabilities) + offset(p.target_strides, r);
-    const int64_t step = p.logits_strides.cls, target_step = p.target_strides.cls;
+  // Elements of adjacent rows: one access.
+  template <class U, int kAdjacent>
+  struct alignas(kAdjacent * sizeof(U)) Adjacent {
+    U of_row[kAdjacent];
+  };
+  template <int kAdjacent, class U, class S>
+  FASTOPT_MEMBER static void load_adjacent(S shape, const U* from, int64_t step,
+                                           Acc<U> (*out)[S::count]) {
+    Adjacent<U, kAdjacent> found[shape.count];
+    for (int k = 0; k < shape.count; ++k, from += step)
+      found[k] = *reinterpret_cast<const Adjacent<U, kAdjacent>*>(from);
+    for (int k = 0; k < shape.count; ++k)
+      for (int v = 0; v < kAdjacent; ++v) out[v][k] = to_acc(found[k].of_row[v]);
+  }
 
-    const auto load = [&](auto shape, int c, A* x, A* q) {
-      const T* from = logits + c * step;
-      for (int k = 0; k < shape.count; ++k, from += step) x[k] = to_acc(*from);
-      load_masses(shape, target, target_step, c, q);
+  template <int kAdjacent>
+  FASTOPT_MEMBER void strided_rows(int64_t r, bool live, const Parts& parts) {
+    int64_t label[kAdjacent];
+    for (int v = 0; v < kAdjacent; ++v) label[v] = label_at(r + v);
+    const int64_t batch = p.positions == 1 ? r : r / p.positions;
+    const int64_t position = p.positions == 1 ? 0 : r % p.positions;
+    const auto start = [&](const Strides& strides) {
+      return batch * strides.batch + position * strides.position;
     };
-    Stats stats = empty_stats<A>();
-    Row row;
+    const T* const logits = static_cast<const T*>(p.logits) + start(p.logits_strides);
+    const TT* target = nullptr;
+    if constexpr (!kLabels)
+      target = static_cast<const TT*>(p.probabilities) + start(p.target_strides);
+
+    const auto load_masses = [&](auto shape, int c, auto* q) {
+      if constexpr (!kLabels) {
+        const int64_t step = p.target_strides.cls;
+        load_adjacent<kAdjacent>(shape, target + c * step, step, q);
+      }
+      if constexpr (kMass) {
+        for (int v = 0; v < kAdjacent; ++v)
+          for (int k = 0; k < shape.count; ++k) q[v][k] = mass_of_class(q[v][k], c + k);
+      }
+    };
+    const auto load = [&](auto shape, int c, auto* x, auto* q) {
+      const int64_t step = p.logits_strides.cls;
+      load_adjacent<kAdjacent>(shape, logits + c * step, step, x);
+      load_masses(shape, c, q);
+    };
+    Stats stats[kAdjacent];
+    Row row[kAdjacent];
+    const auto for_rows = [&](const auto& visit) {
+      for (int v = 0; v < kAdjacent; ++v) visit(v);
+    };
+    const auto know_rows = [&] {
+      for_rows([&](int v) {
+        row[v] = row_of(label[v]);
+        load_true_logit(row[v], logits + v);
+      });
+    };
+    for_rows([&](int v) { stats[v] = empty_stats<A>(); });
     if (!p.recompute) {
       if (live) {
-        for_my_classes([&](auto shape, int c) {
-          A x[shape.count], q[shape.count] = {};
+        for_my_classes(parts, [&](auto shape, int c) {
+          A x[kAdjacent][shape.count], q[kAdjacent][shape.count] = {};
           load(shape, c, x, q);
-          add<shape.count>(stats, x, q);
+          for_rows([&](int v) { add<shape.count>(stats[v], x[v], q[v]); });
         });
       }
-      row = row_of(label);  // not before: the logits do not wait for the label
-      load_true_logit(row, logits);
-      stats = complete(merge_parts(stats), row);
-      if (live && thread_index() < p.lanes) write_results(r, row, stats);
+      know_rows();  // not before: the logits do not wait for the label
+      for_rows([&](int v) {
+        stats[v] = complete(merge_parts(stats[v], parts), row[v]);
+        if (live && parts.mine == 0) write_results(r + v, row[v], stats[v]);
+      });
     } else {
-      row = row_of(label);
-      load_true_logit(row, logits);
+      know_rows();
       if (!kLabels && !p.target_gradient) {
-        for_my_classes([&](auto shape, int c) {
-          A q[shape.count];
-          load_masses(shape, target, target_step, c, q);
-          for (int k = 0; k < shape.count; ++k) stats.mass += q[k];
+        for_my_classes(parts, [&](auto shape, int c) {
+          A q[kAdjacent][shape.count];
+          load_masses(shape, c, q);
+          for_rows([&](int v) {
+            for (int k = 0; k < shape.count; ++k) stats[v].mass += q[v][k];
+          });
         });
-        stats = merge_parts(stats);
+        for_rows([&](int v) { stats[v] = merge_parts(stats[v], parts); });
       }
-      stats = recall(r, row, stats.mass);
+      for_rows([&](int v) { stats[v] = recall(r + v, row[v], stats[v].mass); });
     }
     if (!live || p.grad == nullptr) return;
-    const Gradient g = gradient_of(r, row, stats);
-    const int64_t at = offset(p.grad_strides, r), grad_step = p.grad_strides.cls;
-    for_my_classes([&](auto shape, int c) {
-      A x[shape.count] = {}, q[shape.count] = {};
-      if (!row.ignored) load(shape, c, x, q);  // else up is 0
-      int64_t to = at + c * grad_step;
-      for (int k = 0; k < shape.count; ++k, to += grad_step)
-        write_one(to, any_gradient(g, row, x[k], q[k], c + k));
+    Gradient g[kAdjacent];
+    bool ignored = true;  // all of them: then nobody asks what they hold
+    for_rows([&](int v) {
+      g[v] = gradient_of(r + v, row[v], stats[v]);
+      ignored &= row[v].ignored;
+    });
+    const int64_t at = start(p.grad_strides), step = p.grad_strides.cls;
+    for_my_classes(parts, [&](auto shape, int c) {
+      A x[kAdjacent][shape.count] = {}, q[kAdjacent][shape.count] = {};
+      if (!ignored) load(shape, c, x, q);
+      for (int k = 0; k < shape.count; ++k) {
+        Adjacent<A, kAdjacent> values;
+        for_rows([&](int v) {
+          const A value = any_gradient(g[v], row[v], x[v][k], q[v][k], c + k);
+          values.of_row[v] = row[v].ignored ? A(0) : value;
+        });
+        write_adjacent(at + (c + k) * step, values);
+      }
     });
   }
 
-  template <class S>
-  FASTOPT_MEMBER void load_masses(S shape, const TT* target, int64_t step, int c, A* q) const {
-    if constexpr (kMass) {
-      for (int k = 0; k < shape.count; ++k)
-        masses<1, Cache::keep>(target, (c + k) * step, false, weight, c + k, false, q + k);
+  template <int kAdjacent>
+  FASTOPT_MEMBER void write_adjacent(int64_t at, const Adjacent<A, kAdjacent>& values) const {
+    const auto write = [&](auto* grad) {
+      using U = std::remove_reference_t<decltype(*grad)>;
+      Adjacent<U, kAdjacent> rounded;
+      for (int v = 0; v < kAdjacent; ++v) rounded.of_row[v] = from_acc<U>(values.of_row[v]);
+      *reinterpret_cast<Adjacent<U, kAdjacent>*>(grad + at) = rounded;
+    };
+    if constexpr (!kLabels) {
+      if (p.target_gradient) return write(static_cast<TT*>(p.grad));
     }
+    write(static_cast<T*>(p.grad));
   }
 
   // A row's statistics from all threads that share it, in one order.
-  FASTOPT_MEMBER Stats merge_parts(const Stats& stats) {
-    const int parts = block_size() / p.lanes;
-    if (parts == 1) return stats;
+  FASTOPT_MEMBER Stats merge_parts(const Stats& stats, const Parts& parts) {
+    if (parts.count == 1) return stats;
     Stats* const all = reinterpret_cast<Stats*>(shared_memory() + block_shared_bytes(sizeof(A)));
     sync_block();  // the row before is through with them
     all[thread_index()] = stats;
     sync_block();
     Stats merged = empty_stats<A>();
-    for (int part = 0; part < parts; ++part)
+    for (int part = 0; part < parts.count; ++part)
       merged = fastopt::merge(merged, all[part * p.lanes + thread_index() % p.lanes]);
     return merged;
   }
@@ -1063,10 +1137,10 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads, kThreadsPerSm<T> / kMaxThreads)
   CrossEntropy<T, TT, kMass>(p).template rows_kernel<kHeld>();
 }
 
-template <class T, class TT, bool kMass>
+template <class T, class TT, bool kMass, int kAdjacent>
 FASTOPT_KERNEL void FASTOPT_BOUNDS(kStridedThreads, kThreadsPerSm<T> / kStridedThreads)
     cross_entropy_strided(FASTOPT_PARAMS CrossEntropyParams p) {
-  CrossEntropy<T, TT, kMass>(p).strided();
+  CrossEntropy<T, TT, kMass>(p).template strided<kAdjacent>();
 }
 
 // Partial sums over the labels that count (of their weights), and over the smoothing's masses.
@@ -1078,16 +1152,24 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kSumThreads)
   const A* const weight = static_cast<const A*>(p.weight);
   const int64_t block = block_index();
   if (p.weight_parts != nullptr && block < p.weight_part_count) {
-    const int64_t rows = p.batch * p.positions;
+    const int64_t rows = p.batch * p.positions, apart = block_size();
+    const int64_t step = p.weight_part_count * apart * kSumItems;
     double sum = 0;
-    for (int64_t r = block * block_size() + thread_index(); r < rows;
-         r += static_cast<int64_t>(p.weight_part_count) * block_size()) {
-      const int64_t y = p.labels[r];
-      if (y == p.ignore_index) continue;
-      const bool inside = y >= 0 && y < p.classes;
-      sum += weight != nullptr && inside ? static_cast<double>(weight[y]) : 1.0;
+    int count = 0;  // where every label weighs 1
+    for (int64_t r = block * apart * kSumItems + thread_index(); r < rows; r += step) {
+      int64_t y[kSumItems];  // all under way before the first is looked at
+      for (int k = 0; k < kSumItems; ++k)
+        y[k] = r + k * apart < rows ? p.labels[r + k * apart] : p.ignore_index;
+      for (int k = 0; k < kSumItems; ++k) {
+        const bool counts = y[k] != p.ignore_index;
+        if (weight != nullptr && counts && y[k] >= 0 && y[k] < p.classes) {
+          sum += static_cast<double>(weight[y[k]]);
+        } else {
+          count += counts;
+        }
+      }
     }
-    sum = sum_of_block(sum, scratch);
+    sum = sum_of_block(sum + count, scratch);
     if (thread_index() == 0) p.weight_parts[block] = sum;
   }
   sync_block();
@@ -1181,6 +1263,12 @@ inline int64_t bytes_of(Element element) {
   }
 }
 
+// Whether positions 2i and 2i + 1 of every class are one aligned access.
+inline bool pairs_up(const void* data, int64_t element_bytes, const Strides& strides) {
+  return strides.position == 1 && strides.cls % 2 == 0 && strides.batch % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(data) % (2 * element_bytes) == 0;
+}
+
 // What the plan asks about a call.
 inline CrossEntropyShape shape_of(const CrossEntropyParams& p) {
   const bool labels = p.probabilities == nullptr;
@@ -1192,6 +1280,12 @@ inline CrossEntropyShape shape_of(const CrossEntropyParams& p) {
   shape.contiguous_classes = p.logits_strides.cls == 1 && (labels || p.target_strides.cls == 1) &&
                              (p.grad == nullptr || p.grad_strides.cls == 1);
   shape.reads_twice = p.grad != nullptr && !p.recompute;
+  shape.pairs = p.positions % 2 == 0 &&
+                pairs_up(p.logits, bytes_of(p.logits_type), p.logits_strides) &&
+                (labels || pairs_up(p.probabilities, bytes_of(p.target_type), p.target_strides)) &&
+                (p.grad == nullptr ||
+                 pairs_up(p.grad, bytes_of(p.target_gradient ? p.target_type : p.logits_type),
+                          p.grad_strides));
   return shape;
 }
 
@@ -1213,7 +1307,8 @@ void launch_plan(const CrossEntropyParams& p, const CrossEntropyPlan& plan, cons
       return plan.held ? run(&cross_entropy_rows<T, TT, kMass, true>)
                        : run(&cross_entropy_rows<T, TT, kMass, false>);
     case CrossEntropyKernel::strided:
-      return run(&cross_entropy_strided<T, TT, kMass>);
+      return plan.adjacent == 2 ? run(&cross_entropy_strided<T, TT, kMass, 2>)
+                                : run(&cross_entropy_strided<T, TT, kMass, 1>);
   }
 }
 

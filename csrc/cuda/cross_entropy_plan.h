@@ -23,6 +23,7 @@ struct CrossEntropyShape {
   int64_t target_bytes;     // of one probability; 0 with labels
   bool contiguous_classes;  // in every tensor
   bool reads_twice;         // gradient in forward: statistics first, then the logits again
+  bool pairs;               // rows 2i and 2i + 1 lie side by side in every tensor, as one access
 };
 
 enum class CrossEntropyKernel : int32_t { packed, rows, strided };
@@ -32,7 +33,8 @@ struct CrossEntropyPlan {
   bool held;             // rows: the row waits in shared memory for its second use
   int threads;           // of a block
   int lanes;             // rows: threads of a block that share a row;
-                         // strided: rows side by side, the other threads divide the classes
+                         // strided: threads side by side, the others divide the classes
+  int adjacent;          // strided: rows of one thread, 1 or 2
   int cluster;           // rows: blocks that share a row
   int64_t slice;         // rows: classes of one block of the cluster; packed: rows of a tile
   int64_t shared_bytes;  // of a block
@@ -54,16 +56,28 @@ constexpr int64_t kPackedBlocks = 3;  // on an SM, one computes while others loa
 // Rows shared by one warp hide one another's latency: a block is only a parcel of them.
 constexpr int kParcelThreads = 256;
 // rows: 16-byte vectors of one lane. What a row costs beside its logits (its label, the merging of
-// the lanes, its loss) is some 500 instructions of every warp that takes part: few warps with many
-// vectors each, unless rows are too few to give an SM its 1024 threads.
-constexpr int64_t kMostVectors = 16, kFewestVectors = 4;
+// the lanes, its loss) is some 500 instructions of every warp that takes part, once for all rows
+// that share the warp: few lanes with many vectors each, down to lanes that read whole 128-byte
+// lines, unless rows are too few to give an SM its 1024 threads. A lane whose row is held has it
+// all under way at once and wants less of it. Numbers by measurement
+// (bench/results/cuda-nvidia-h200).
+constexpr int64_t kMostVectors = 128;       // read once
+constexpr int64_t kMostHeldVectors = 20;    // held by a block
+constexpr int64_t kMostParcelVectors = 16;  // held by a warp
+constexpr int64_t kFewParcelVectors = 8;    // held by part of a warp
+constexpr int64_t kFewestVectors = 4;
+constexpr int64_t kFewestLanes = 8;
 // Blocks take several rows where there are more of them than this many waves fill: what a block
 // begins and ends with is paid once for all of them, and the sums of the blocks' losses stay few.
-constexpr int64_t kWaves = 4;
+// Blocks that hold rows differ more in how long they take: more waves even that out.
+constexpr int64_t kWaves = 4, kHeldWaves = 16;
 // Threads of an SM that the registers leave room for, 64 registers each (float64: 128).
 constexpr int64_t threads_per_sm(int64_t logit_bytes) { return logit_bytes == 8 ? 512 : 1024; }
 // held: as much shared memory for each of two blocks, so that one computes or stores while the
-// other loads. The SM keeps 1 KB of every block for itself.
+// other loads. A row that needs more of every block of a cluster is read twice, the second time
+// from L2: where a whole cluster waits for its slowest block that is faster (262144 classes in
+// float32 on an H200: 62 against 51 % of a copy's speed). The SM keeps 1 KB of every block for
+// itself.
 constexpr int64_t kHeldBlocks = 2;
 constexpr int64_t kReservedShared = 1024;
 constexpr int kMaxCluster = 8;  // what every device with clusters can run
@@ -71,9 +85,10 @@ constexpr int kMaxCluster = 8;  // what every device with clusters can run
 constexpr int kStridedThreads = 256;
 constexpr int kMinStridedLanes = 32;
 // Sums over labels and over weights: at most this many partial sums, which every block adds up.
-constexpr int kMaxParts = 128;
+// With all of a thread's items under way, 256 blocks keep 4 MB of labels under way.
+constexpr int kMaxParts = 256;
 constexpr int kSumThreads = 256;
-constexpr int64_t kSumItems = 4;  // of one thread, before another block takes part
+constexpr int kSumItems = 8;  // of one thread, before another block takes part
 
 // What the kernels keep in shared memory before what they hold (BlockShared in cross_entropy.h):
 // four numbers for each warp, twice, a float64 for each warp, and four more.
@@ -153,15 +168,19 @@ inline CrossEntropyPlan plan_strided(const CrossEntropyShape& shape, const Devic
   CrossEntropyPlan plan{};
   plan.kernel = CrossEntropyKernel::strided;
   plan.threads = kStridedThreads;
+  // Half the accesses and half the reckoning of addresses, where half the threads fill the device.
+  plan.adjacent = shape.pairs && shape.rows >= 2 * kStridedThreads * 4 * device.sm_count ? 2 : 1;
+  const int64_t items = ceil_div(shape.rows, plan.adjacent);
   // As wide as fills the device; few rows leave threads over to divide the classes.
   plan.lanes = kStridedThreads;
-  while (plan.lanes > kMinStridedLanes && ceil_div(shape.rows, plan.lanes) < 4 * device.sm_count &&
+  while (plan.lanes > kMinStridedLanes && ceil_div(items, plan.lanes) < 4 * device.sm_count &&
          shape.classes >= 4 * (kStridedThreads / plan.lanes)) {
     plan.lanes /= 2;
   }
   plan.cluster = 1;
   plan.shared_bytes = fixed_bytes + kStridedThreads * 4 * accumulate_bytes;
-  plan.blocks = std::min(ceil_div(shape.rows, plan.lanes), device.sm_count * 8 * kWaves);
+  const int64_t per_sm = threads_per_sm(shape.logit_bytes) / kStridedThreads;
+  plan.blocks = std::min(ceil_div(items, plan.lanes), device.sm_count * per_sm * kWaves);
   return plan;
 }
 
@@ -174,14 +193,26 @@ inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLi
     // Whole vectors, so that the blocks of a cluster see the same alignment.
     return ceil_div(ceil_div(shape.classes, cluster), 16) * 16;
   };
-  int64_t vectors = kMostVectors;
+  int64_t spread = 1;  // over as many times the lanes
   const auto lanes_of = [&](int64_t cluster) {
-    const int64_t load = ceil_div(slice_of(cluster), per_vector * vectors);
-    const int64_t fewest = cluster > 1 ? 2 * kWarpSize : kWarpSize;  // a cluster is no parcel
-    return static_cast<int>(std::clamp<int64_t>(next_power_of_two(load), fewest, kMaxThreads));
+    const int64_t vectors = ceil_div(slice_of(cluster), per_vector) * spread;
+    const auto lanes = [&](int64_t of_one) { return next_power_of_two(ceil_div(vectors, of_one)); };
+    int64_t fewest = kFewestLanes, most = kMaxThreads, wanted = lanes(kMostVectors);
+    if (shape.reads_twice && vectors <= kWarpSize * kMostParcelVectors) {
+      wanted = lanes(kFewParcelVectors);
+      most = kWarpSize;
+    } else if (shape.reads_twice) {
+      wanted = lanes(kMostHeldVectors);
+      fewest = 2 * kWarpSize;
+    }
+    if (cluster > 1) {  // no parcel
+      fewest = 2 * kWarpSize;
+      most = kMaxThreads;
+    }
+    return static_cast<int>(std::clamp(wanted, fewest, most));
   };
   const auto groups_of = [&](int64_t cluster) {
-    return lanes_of(cluster) == kWarpSize ? kParcelThreads / kWarpSize : 1;
+    return lanes_of(cluster) <= kWarpSize ? kParcelThreads / lanes_of(cluster) : 1;
   };
   const auto bytes_of = [&](int64_t cluster) {
     return fixed_bytes + groups_of(cluster) * (held_bytes(slice_of(cluster), shape.logit_bytes) +
@@ -192,9 +223,10 @@ inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLi
 
   // Parcels of rows that do not fit together become blocks of one.
   const int64_t fill = device.sm_count * threads_per_sm(shape.logit_bytes);
-  while (vectors > kFewestVectors &&
-         (shape.rows * lanes_of(1) < fill || (shape.reads_twice && bytes_of(1) > comfortable))) {
-    vectors /= 2;
+  while (lanes_of(1) * kFewestVectors * per_vector < shape.classes && lanes_of(1) < kMaxThreads &&
+         (shape.rows * lanes_of(1) < fill ||
+          (shape.reads_twice && groups_of(1) > 1 && bytes_of(1) > comfortable))) {
+    spread *= 2;
   }
   plan.cluster = 1;
   if (shape.reads_twice) {
@@ -202,9 +234,8 @@ inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLi
            plan.cluster < largest) {
       plan.cluster *= 2;
     }
-    // Past the largest cluster one block fills the SM, before the row is read from memory twice.
-    plan.held = bytes_of(plan.cluster) <= device.shared_per_block;
-    if (!plan.held) plan.cluster = 1;
+    plan.held =
+        bytes_of(plan.cluster) <= (plan.cluster > 1 ? comfortable : device.shared_per_block);
   }
   // Fewer rows than half the SMs: more blocks share a row, as long as each has half a load.
   constexpr int64_t kHalfLoad = kMaxThreads * kFewestVectors / 2;
@@ -220,8 +251,9 @@ inline CrossEntropyPlan plan_rows(const CrossEntropyShape& shape, const DeviceLi
   const int64_t per_sm = std::max<int64_t>(
       1, std::min<int64_t>(threads_per_sm(shape.logit_bytes) / plan.threads,
                            device.shared_per_sm / (plan.shared_bytes + kReservedShared)));
+  const int64_t waves = plan.held ? kHeldWaves : kWaves;
   const int64_t clusters = std::min(ceil_div(shape.rows, groups),
-                                    ceil_div(device.sm_count * per_sm * kWaves, plan.cluster));
+                                    ceil_div(device.sm_count * per_sm * waves, plan.cluster));
   plan.blocks = clusters * plan.cluster;
   return plan;
 }

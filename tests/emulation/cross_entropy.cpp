@@ -47,7 +47,8 @@ struct EmulatedCall {
 };
 
 struct EmulatedPlan {
-  int64_t kernel, held, threads, lanes, cluster, slice, shared_bytes, blocks, workspace_doubles;
+  int64_t kernel, held, threads, lanes, adjacent, cluster, slice, shared_bytes, blocks;
+  int64_t workspace_doubles;
 };
 
 const char* fastopt_failure() { return failure.c_str(); }
@@ -102,6 +103,7 @@ int fastopt_plan(const EmulatedCall* call, EmulatedPlan* out) {
             plan.held,
             plan.threads,
             plan.lanes,
+            plan.adjacent,
             plan.cluster,
             plan.slice,
             plan.shared_bytes,
