@@ -9,22 +9,24 @@ import torch
 # Eight times a CPU's last-level cache of 32 MB, or a GPU's of 128 MB: the copy is from memory.
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 COLD_BYTES = 256 << 20  # written between two calls on a GPU, so that none finds its data in L2
+BUSY_CYCLES = 2_000_000  # of a GPU's clock, some 2 GHz
 
 Call = Callable[[], object]
 Stopwatch = Callable[[Call], float]
 
 
 def make_stopwatch(device: str) -> Stopwatch:
-    """stopwatch(call) -> seconds. On a GPU between two events on its stream, from a cold L2 on.
-    Writing that over (some 70 us) keeps the GPU busy while the host begins, as a model's own kernels
-    do in training: what a call keeps the GPU waiting for beyond that, it pays for. How long the host
-    needs by itself is `host_microseconds`."""
+    """stopwatch(call) -> seconds. On a GPU between two events on its stream, from a cold L2 on. The
+    GPU is kept busy for a millisecond before, as a model's own kernels do in training: the host
+    runs ahead, and only what it needs beyond that is waited for. How long the host needs by itself
+    is `host_microseconds`."""
     if device == "cpu":
         return _time
     cold = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run(call: Call) -> float:
+        torch.cuda._sleep(BUSY_CYCLES)
         cold.zero_()
         start.record()
         call()

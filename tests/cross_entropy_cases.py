@@ -249,6 +249,10 @@ class Result:
     loss: Tensor
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
+    def cpu(self) -> Result:
+        gradients = {name: gradient.cpu() for name, gradient in self.gradients.items()}
+        return Result(self.loss.cpu(), gradients)
+
 
 def differentiate(
     loss_function: Callable[..., Tensor],
@@ -325,6 +329,11 @@ def check(logits: Tensor, target: Tensor, **keywords: object) -> Result:
     for tensor, copy in zip(inputs, before, strict=True):
         assert_same_bits(tensor, copy, "an input after the call")
 
+    if logits.is_cuda and not -(2**31) <= keywords.get("ignore_index", -100) < 2**31:
+        # torch's CUDA kernel for (N, C, d1, ...) reads labels as 32-bit numbers (2.11, seen on an
+        # H200: wrong losses, or an assertion on the device). Its CPU kernel does not.
+        ours, logits, target = ours.cpu(), logits.cpu(), target.cpu()
+        keywords = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in keywords.items()}
     stock = differentiate(F.cross_entropy, logits, target, **keywords)
     oracle = exact(differentiate, logits, target, **keywords)
     if not target.is_floating_point():

@@ -85,7 +85,11 @@ def test_the_most_classes(dtype: torch.dtype) -> None:
     check(logits, make_target(logits), reduction="none", upstream=random_upstream)
 
 
-@pytest.mark.parametrize("shape", NAMED_SHAPES.values(), ids=NAMED_SHAPES)
+# Without a batch torch answers on GPUs.
+WITH_BATCH = {name: shape for name, shape in NAMED_SHAPES.items() if len(shape) > 1}
+
+
+@pytest.mark.parametrize("shape", WITH_BATCH.values(), ids=WITH_BATCH)
 def test_every_run_gives_the_same_bits(shape: tuple[int, ...]) -> None:
     logits = make_logits(shape, torch.bfloat16)
     target, keywords = EVERYTHING.apply(logits, make_target(logits))
