@@ -917,7 +917,9 @@ def test_resources(cubin: Path) -> None:
         frame, spilled, registers = map(int, numbers)
         what = (name, types, frame, spilled, registers)
         # Once a row, beside masses that the recomputing backward adds up.
-        allowed = 8 if "sm_80" in cubin.name and re.search("(float|Half), true, false", types) else 0
+        allowed = (
+            8 if "sm_80" in cubin.name and re.search("(float|Half), true, false", types) else 0
+        )
         assert spilled <= frame <= allowed, what
         if not types.startswith("double") and name != "cross_entropy_finish":
             assert registers <= 64, what  # 1024 threads on an SM
