@@ -42,7 +42,7 @@ endif
 CUDA_HOME ?= /usr/local/cuda
 AARCH64 := aarch64-linux-gnu-g++
 
-.PHONY: demo check test test-values bench build lint format headers clang aarch64 sanitize
+.PHONY: demo check test test-values modes bench build lint format headers clang aarch64 sanitize
 .PHONY: wheel wheels clean gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-carry gpu-lease
 
 demo: build
@@ -62,6 +62,10 @@ test-values: build
 	$(BIN)/python tools/suite.py values
 
 # make bench BENCH=--quick: a few cases, for a first look
+# The loss in every mode of PyTorch, against torch's own: also those that compile with Inductor.
+modes: build
+	$(PYTEST) -n auto --maxprocesses 8 tests/test_cross_entropy_modes.py
+
 bench: build
 	$(PYTEST) bench/bench_*.py --benchmark-json=build/bench.json $(BENCH)
 	$(BIN)/python bench/report.py build/bench.json

@@ -1,13 +1,17 @@
-"""The faces of softmax cross-entropy: what our kernels serve, autograd, reduction.
+"""The faces of softmax cross-entropy: what our kernels serve, and autograd.
 
-CrossEntropyLoss.forward -> cross_entropy -> served? -> autograd.Function -> ops.cross_entropy_*
-                                          -> not     -> torch.nn.functional.cross_entropy
+    CrossEntropyLoss.forward -> cross_entropy
+        not served                      stock, with the same arguments
+        no gradient wanted              ops.cross_entropy_forward
+        eager                           _Loss, an autograd.Function around the op
+        torch.compile                   the op in the graph; its autograd kernel is _Loss
 
-One question decides (_serves): is this a call that stock accepts and our kernels cover? Every
-other call goes to stock with the same arguments. So exotic uses work, and bad input raises stock's
-own exception. Only labels out of range are ours to refuse.
+One question decides (_serves): is this a call that stock accepts, our kernels cover, and nobody but
+reverse-mode autograd looks at? Every other call goes to stock. So exotic uses work, and bad input
+raises stock's own exception. Only labels out of range are ours to refuse.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +25,8 @@ from torch.utils._device import DeviceContext
 from fastopt import ops
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
+
+_stock = F.cross_entropy  # as it was: F.cross_entropy = fastopt.cross_entropy must not recurse
 
 # The crossover: smaller calls go to stock, whose C++ autograd node costs less than a Python
 # autograd.Function (13 us of 37 us for a whole forward and backward on the machine below). There,
@@ -38,6 +44,8 @@ _MIN_COST_OF_MANY_CLASSES, _ROW_COST = 80_000, 96  # in logits
 # On an H200 1024 x 1000 float32 logits take the device 23 us, stock's kernels 37; the host needs some
 # 30 us more than stock's whatever the size (bench/results/gpu-nvidia-h200-cuda/notes.md).
 _MIN_LOGITS_ON_GPU = 1 << 20
+# torch.compile: 128x10 0.74, 64x1000 1.14, 1024x1000 2.4, 512x32000 3.1 (as above, one compiled call)
+_MIN_LOGITS_COMPILED = 1 << 15
 _MAX_CLASSES_ON_GPU = 1 << 30  # which both families of kernels count in 32 bits
 
 
@@ -121,22 +129,75 @@ def cross_entropy(
     Differences from stock, all on the side of accuracy: half precision accumulates and counts in
     float32 and rounds once; rows that are ignored get gradient 0 even where their logits are NaN.
     """
-    if torch.jit.is_scripting() or not _serves(
-        input, target, weight, ignore_index, reduction, label_smoothing
-    ):
-        return F.cross_entropy(
+    if torch.jit.is_scripting():
+        return _stock(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    return _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    else:  # torch.jit.script compiles the first branch and leaves this one alone
+        if not _serves(input, target, weight, ignore_index, reduction, label_smoothing):
+            return _stock(
+                input,
+                target,
+                weight,
+                size_average,
+                ignore_index,
+                reduce,
+                reduction,
+                label_smoothing,
+            )
+        if size_average is not None or reduce is not None:
+            reduction = _reduction.legacy_get_string(size_average, reduce)
+        return _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+
+
+# Private names of torch. Where one is missing, the answer is the careful one.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: True)
+
+
+def _is_watched() -> bool:
+    """Whether somebody looks at this call who is not plain reverse-mode autograd: torch.func, forward
+    mode, FakeTensorMode and other modes, a tracer or an exporter. 0.5 us."""
+    if _transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling():
+        # Not torch.compiler.is_exporting(): Dynamo of torch 2.10 takes it for a constant, True.
+        return getattr(torch.compiler, "_is_exporting_flag", True)
+    return _dispatch_modes() > 0 or _tracing_state() is not None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two shapes are equal; no, where a compiler cannot know. Asking must not guard: sizes
+    that depend on data would stop the compilation."""
+    if not torch.compiler.is_compiling():
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if len(a) != len(b):
+        return False
+    for x, y in zip(a, b, strict=True):
+        if not guard_or_false(x == y):
+            return False
+    return True
+
+
+def _is_compiled_too_small(count: Any) -> bool:
+    """Inductor's own code wins on small calls. Of sizes that may change it is not asked, as the answer
+    would become a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not ops.ALWAYS and statically_known_true(count < _MIN_LOGITS_COMPILED)
 
 
 def _serves(
     logits: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
 ) -> bool:
     """Whether stock accepts this call and our kernels cover it. Cheapest questions first."""
-    if type(logits) not in _TENSOR_TYPES or logits.numel() < _MIN_LOGITS:
+    if type(logits) not in _TENSOR_TYPES:
+        return False
+    compiling = torch.compiler.is_compiling()
+    if not compiling and logits.numel() < _MIN_LOGITS:
         return False
     if type(target) not in _TENSOR_TYPES:
         return False
@@ -159,27 +220,29 @@ def _serves(
         or type(reduction) is not str
         or reduction not in _REDUCTIONS
         or type(ignore_index) is not int
-        or not -(2**63) <= ignore_index < 2**63
+        or (not compiling and not -(2**63) <= ignore_index < 2**63)
         or type(label_smoothing) not in (float, int)
         or not label_smoothing <= 1.0
-        or forward_ad._current_level >= 0
+        or _is_watched()
     ):
         return False
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-        return False
     shape, target_shape = logits.shape, target.shape
-    if not shape or _is_too_small(logits.numel(), shape[0 if len(shape) == 1 else 1], cuda):
+    if not shape:
+        return False
+    classes = shape[0 if len(shape) == 1 else 1]
+    if compiling:
+        if _is_compiled_too_small(logits.numel()):
+            return False
+    elif _is_too_small(logits.numel(), classes, cuda):
         return False
     # Without a batch stock's mean of an ignored row is NaN on CPU and 0 on GPU: its own affair.
     if cuda and (len(shape) == 1 or shape[1] > _MAX_CLASSES_ON_GPU):
         return False
     if target_dtype is torch.int64:
-        if len(target_shape) != len(shape) - 1 or (
-            len(shape) > 1 and (target_shape[0] != shape[0] or target_shape[1:] != shape[2:])
-        ):
+        if not _same(target_shape, shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]):
             return False
     elif target_dtype in _DTYPES:
-        if target_shape != shape or ignore_index >= 0:
+        if target.requires_grad or ignore_index >= 0 or not _same(target_shape, shape):
             return False
         if target_dtype != dtype and (dtype not in _HALF or target_dtype is not torch.float32):
             return False
@@ -190,7 +253,7 @@ def _serves(
         and not weight.requires_grad
         and weight.device == logits.device
         and weight.layout is torch.strided
-        and weight.shape == (shape[0 if len(shape) == 1 else 1],)
+        and _same(weight.shape, (classes,))
         and _loss_dtype(weight) == _loss_dtype(logits)
     )
 
@@ -230,13 +293,26 @@ def _cross_entropy(
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()
     options = (ignore_index, label_smoothing, _REDUCTIONS[reduction], loss_dtype)
-    if not torch.is_grad_enabled() or not (logits.requires_grad or target.requires_grad):
+    if not torch.is_grad_enabled() or not logits.requires_grad:
         return ops.cross_entropy_forward(logits, target, weight, *options)[0]
-    # float16 gradients are not kept before the upstream factor (a GradScaler's) has reached them:
-    # most would underflow.
-    if reduction == "none" or logits.dtype is torch.float16 or target.requires_grad:
-        return _Recompute.apply(logits, target, weight, options)
-    return _GradientInForward.apply(logits, target, weight, options)
+    largest = _largest_mass(logits, target, weight)
+    if torch.compiler.is_compiling():
+        return ops.cross_entropy_forward_backward(logits, target, weight, *options, largest)[0]
+    return _Loss.apply(logits, target, weight, options, largest)[0]
+
+
+def _largest_mass(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor | None:
+    """What the sum of a row's |target masses| never exceeds; None for 1. Of float16 logits, whose
+    gradient is held in units of it (ops.py)."""
+    if logits.dtype is not torch.float16:
+        return None
+    largest = None if weight is None else weight.abs().amax()
+    if target.dtype is not torch.int64:
+        dim = 0 if target.dim() == 1 else 1
+        sums = torch.linalg.vector_norm(target, 1, dim, dtype=torch.float32)
+        largest_row = sums.amax().clamp(min=1)  # smoothing adds up to 1
+        largest = largest_row if largest is None else largest * largest_row
+    return largest
 
 
 def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -246,97 +322,221 @@ def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
 
 
-class _GradientInForward(torch.autograd.Function):
-    """Mean and sum: the row is in cache, so its gradient is written while it is there.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_uses = getattr(torch._C, "_storage_Use_Count", lambda storage: math.inf)
+_is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
 
-    2 passes over memory instead of 3, and one logits-sized buffer. Backward multiplies by the
-    upstream gradient, in place unless the graph is kept; a factor of 1 costs nothing.
+
+class _Loss(torch.autograd.Function):
+    """logits -> (loss, grad, unit), where grad * unit is the gradient for an upstream gradient of 1.
+
+    All that backward needs is grad, which is an output, and so differentiable itself: second
+    derivatives come from the same two formulas as first ones, and nothing of the logits is kept.
+    Stock has the same plan, and saves the output of log_softmax. 2 passes over memory (reduction
+    none: 4), and one buffer of the logits' size.
     """
 
     @staticmethod
-    def forward(ctx, logits, target, weight, options):
-        loss, grad_logits = ops.cross_entropy_forward_backward(logits, target, weight, *options)
-        ctx.save_for_backward(grad_logits, logits, target, weight)
+    def forward(ctx, logits, target, weight, options, largest):
+        with _below_autograd():
+            loss, grad, unit = ops.cross_entropy_forward_backward(
+                logits, target, weight, *options, largest
+            )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(unit)
+        ctx.save_for_backward(grad, target, weight, unit if grad.dtype is torch.float16 else None)
         ctx.options = options
-        return loss
+        return loss, grad, unit
 
     @staticmethod
-    def backward(ctx, grad_loss):
-        if torch.is_grad_enabled():
-            _, *inputs = ctx.saved_tensors
-            return *_differentiable_backward(ctx, grad_loss, *inputs), None, None
-        if torch.compiler.is_compiling():
-            return ctx.saved_tensors[0] * grad_loss, None, None, None
-        try:
-            grad_logits = ctx.saved_tensors[0]
-        except RuntimeError:
-            # An input was changed in place after forward. Only the gradient is needed, and it
-            # was right when it was computed; if that is gone as well, this raises again.
-            saved = ctx._raw_saved_tensors[0]
-            if not hasattr(saved, "unpack"):  # older torch
-                raise
-            grad_logits = saved.unpack()
-        # A kept graph will want the saved gradient again; a batched upstream gradient (torch's
-        # is_grads_batched) has no value of its own.
-        if _keeps_graph() or _is_batched(grad_loss):
-            grad_logits = grad_logits * grad_loss
-        elif grad_logits.is_cuda:
-            ops.cross_entropy_scale_(grad_logits, grad_loss)  # no value of a GPU on the host
-        elif grad_loss.item() != 1:
-            grad_logits = grad_logits.mul_(grad_loss)
-        return grad_logits, None, None, None
+    def backward(ctx, grad_loss, grad_grad, _):
+        if grad_loss is None and grad_grad is None:
+            return None, None, None, None, None
+        grad, target, weight, unit = ctx.saved_tensors
+        ignore_index, label_smoothing, reduction, _ = ctx.options
+        if grad_grad is not None or torch.is_grad_enabled():
+            result = _differentiable(grad, target, weight, unit, ctx.options, grad_loss, grad_grad)
+            return result, None, None, None, None
+        options = (unit, target, ignore_index, label_smoothing > 0, reduction)
+        if _is_plain(grad_loss):
+            grad = grad.detach()
+            ctx.maybe_clear_saved_tensors()  # unless the graph is kept
+            # Whoever alone holds the memory may write to it: this tensor and its storage's Python
+            # object. A kept graph, a saved-tensor hook or a view would be a third.
+            own = _uses(grad.untyped_storage()._cdata) <= 2
+            result = _times(grad, grad_loss, *options, own)
+        else:
+            result = ops.cross_entropy_times(grad, grad_loss, *options)
+        return result, None, None, None, None
 
 
-# Whether the backward pass under way keeps its graph; assumed where torch does not tell.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+def _is_plain(x: Tensor) -> bool:
+    """Whether this is memory, and nobody's idea of a tensor."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not _transforms_active()
+        and _dispatch_modes() == 0
+        and _tracing_state() is None
+        and not _is_batched_by_autograd(x)
+    )
 
 
-def _is_batched(x: Tensor) -> bool:
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
+def _times(
+    grad: Tensor,
+    grad_loss: Tensor,  # 0-dim, or with reduction none one for each row
+    unit: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    smoothed: bool,
+    reduction: int,
+    own: bool,
+) -> Tensor:
+    """grad * unit * grad_loss; in grad's memory where that is its caller's own."""
+    if grad.is_cpu and reduction:
+        value = grad_loss.item() if unit is None else grad_loss.item() * unit.item()
+        if math.isfinite(value):
+            if not own:
+                return grad * value
+            return grad if value == 1 else grad.mul_(value)
+    factor = grad_loss.to(torch.float64 if grad.dtype is torch.float64 else torch.float32)
+    if unit is not None:
+        factor = factor * unit
+    result = grad if own else grad.clone()
+    if bool(factor.isfinite().all()) if grad.is_cpu else reduction:
+        ops.cross_entropy_scale_(result, factor)
+        return result
+    # Infinite or NaN, or on a GPU, where asking would mean waiting. An ignored row has gradient 0, and
+    # what has mass is inf - inf: every class of a row, or the true one.
+    odd = factor - factor  # 0, or NaN
+    labels = target.dtype is torch.int64
+    hard = labels and not smoothed
+    if not hard:
+        factor = factor + odd
+    if labels:
+        ignored = target == ignore_index
+        factor = torch.where(ignored, 0, factor)
+        odd = torch.where(ignored, 0, odd)
+    dim = 0 if grad.dim() == 1 else 1
+    if factor.dim():
+        factor = factor.unsqueeze(dim)
+    torch.mul(result, factor, out=result)
+    if hard:
+        label = torch.where(ignored, 0, target).unsqueeze(dim)
+        result.scatter_add_(dim, label, odd.unsqueeze(dim).to(result.dtype))
+    return result
 
 
-class _Recompute(torch.autograd.Function):
-    """Reduction none, float16, or probabilities that need a gradient: backward reads the logits
-    again, with the row's maximum and sum kept by forward. 3 passes over memory.
+def _differentiable(
+    grad: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    unit: Tensor | None,
+    options: tuple[int, float, int, torch.dtype],
+    grad_loss: Tensor | None,
+    grad_grad: Tensor | None,
+) -> Tensor:
+    """The gradient of the logits from that of the loss and that of `grad`, in terms that can be
+    differentiated again.
+
+    With g = grad * unit = P - M, where P_c = a p_c and M_c = q_c over what the mean divides by, and
+    a = sum_c M_c:  d g_c / d x_j = P_c ([c = j] - P_j / a). What arrives as the gradient of `grad` is
+    that of g.
     """
+    ignore_index, label_smoothing, reduction, _ = options
+    dim = 0 if grad.dim() == 1 else 1
+    g = grad.to(torch.float64 if grad.dtype is torch.float64 else torch.float32)
+    if unit is not None:
+        # The derivative of g, not of grad: float16 could not hold that, a unit smaller. Only this
+        # function and backward below know the output, so that it is a matter between them.
+        g = (g * unit).detach() + (g - g.detach())
+    live = None if target.is_floating_point() else (target != ignore_index).unsqueeze(dim)
+    result = g.new_zeros(())
+    if grad_loss is not None:
+        upstream = grad_loss.to(g.dtype)
+        if reduction == 0:
+            upstream = upstream.unsqueeze(dim)
+        result = g * upstream
+        if live is not None:
+            result = torch.where(live, result, 0)
+    if grad_grad is not None:
+        v = grad_grad.to(g.dtype)
+        mass = _mass(g, target, weight, live, label_smoothing, reduction)
+        total = mass.sum(dim, keepdim=True)
+        softmax_mass = g + mass
+        if grad.dtype in _HALF and live is not None:
+            softmax_mass = _mend_true_class(
+                softmax_mass, total, torch.where(live, target.unsqueeze(dim), 0)
+            )
+        mean = (v * softmax_mass).sum(dim, keepdim=True) / torch.where(total == 0, 1, total)
+        result = result + softmax_mass * (v - mean)
+    return result.to(grad.dtype)
 
-    @staticmethod
-    def forward(ctx, logits, target, weight, options):
-        loss, *kept = ops.cross_entropy_forward(logits, target, weight, *options)
-        ctx.save_for_backward(logits, target, weight, *kept)
-        ctx.options = options
-        return loss
 
-    @staticmethod
-    def backward(ctx, grad_loss):
-        logits, target, weight, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            inputs = logits, target, weight
-            return *_differentiable_backward(ctx, grad_loss, *inputs), None, None
-        arguments = (grad_loss, logits, target, weight, *ctx.options[:-1], *kept)
-        grad_logits = grad_target = None
-        if ctx.needs_input_grad[0]:
-            grad_logits = ops.cross_entropy_backward(*arguments)
-        if ctx.needs_input_grad[1]:
-            grad_target = ops.cross_entropy_backward_target(*arguments)
-        return grad_logits, grad_target, None, None
+def _mend_true_class(softmax_mass: Tensor, total: Tensor, label: Tensor) -> Tensor:
+    """Of half precision: where the true class is improbable its a p - q is nearly -q, and rounded so
+    that the sum with q has lost its digits. What the other classes leave of `total` has more."""
+    dim = 0 if softmax_mass.dim() == 1 else 1
+    true = softmax_mass.gather(dim, label)
+    rest = total - (softmax_mass.sum(dim, keepdim=True) - true)
+    return softmax_mass.scatter(dim, label, torch.where(2 * true.abs() < total.abs(), rest, true))
 
 
-def _differentiable_backward(ctx, grad_loss, logits, target, weight):
-    """Gradients that can be differentiated again (create_graph): through stock."""
-    ignore_index, label_smoothing, reduction, loss_dtype = ctx.options
-    with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-        loss = F.cross_entropy(
-            logits.to(loss_dtype),
-            target.to(loss_dtype) if target.is_floating_point() else target,
-            None if weight is None else weight.to(loss_dtype),
-            ignore_index=ignore_index,
-            reduction=next(name for name, value in _REDUCTIONS.items() if value == reduction),
-            label_smoothing=label_smoothing,
-        )
-        wanted = [
-            x for x, need in zip((logits, target), ctx.needs_input_grad, strict=False) if need
-        ]
-        gradients = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
-    return tuple(next(gradients) if need else None for need in ctx.needs_input_grad[:2])
+def _mass(
+    like: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    live: Tensor | None,
+    label_smoothing: float,
+    reduction: int,
+) -> Tensor:
+    """q of every class, over what the mean divides by."""
+    dim = 0 if like.dim() == 1 else 1
+    classes = like.shape[dim]
+    smoothing = max(label_smoothing, 0.0)
+    w = like.new_ones(())
+    if weight is not None:
+        w = weight.to(like.dtype).reshape([-1 if i == dim else 1 for i in range(like.dim())])
+    if live is None:
+        mass = w * ((1 - smoothing) * target.to(like.dtype) + smoothing / classes)
+        return mass / (like.numel() // classes) if reduction == 1 else mass
+    label = torch.where(live, target.unsqueeze(dim), 0)
+    one_hot = torch.zeros_like(like).scatter(dim, label, live.to(like.dtype))
+    mass = torch.where(live, w * ((1 - smoothing) * one_hot + smoothing / classes), 0)
+    return mass / (w * one_hot).sum() if reduction == 1 else mass
+
+
+def _op_autograd(
+    keyset: Any,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    loss_dtype: torch.dtype,
+    largest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (ignore_index, label_smoothing, reduction, loss_dtype)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _Loss.apply(logits, target, weight, options, largest)
+    with _below_autograd():
+        return ops.cross_entropy_forward_backward(logits, target, weight, *options, largest)
+
+
+ops.library.impl("cross_entropy_forward_backward", _op_autograd, "Autograd", with_keyset=True)
+
+
+def _times_op(
+    grad: Tensor,
+    grad_loss: Tensor,
+    unit: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    smoothed: bool,
+    reduction: int,
+) -> Tensor:
+    return _times(grad, grad_loss, unit, target, ignore_index, smoothed, reduction, own=False)
+
+
+ops.library.impl("cross_entropy_times", _times_op, "CompositeExplicitAutograd")

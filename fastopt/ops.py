@@ -37,33 +37,46 @@ BACKEND = os.environ.get("FASTOPT_BACKEND") or None
 if BACKEND not in (None, "cuda", "triton", "reference"):
     raise ValueError(f"FASTOPT_BACKEND must be cuda, triton, reference or unset, got {BACKEND!r}")
 
-_OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, int reduction"
+# SymInt: torch.compile would compile anew for every other int.
+_OPTIONS = "Tensor? weight, SymInt ignore_index, float label_smoothing, int reduction"
 _KEPT = "Tensor row_max, Tensor row_sum, Tensor total_weight"
 
-_library = torch.library.Library("fastopt", "DEF")
+library = torch.library.Library("fastopt", "DEF")
 # logits: (C), (N, C) or (N, C, d1, ...). target: int64 class indices (N, d1, ...), or probabilities
 # shaped like logits. weight: (C), in the accumulation type (float32; float64 for float64 logits).
 # reduction: 0 none, 1 mean, 2 sum. row_max, row_sum: shaped like the unreduced loss, accumulation
 # type; row_sum = sum_c exp(logits_c - row_max). total_weight: 0-dim, what the mean divides by.
-_library.define(
+library.define(
     f"cross_entropy_forward(Tensor logits, Tensor target, {_OPTIONS}, ScalarType loss_dtype)"
     " -> (Tensor loss, Tensor row_max, Tensor row_sum, Tensor total_weight)"
 )
-# mean and sum only: the gradient is for an upstream gradient of 1.
-_library.define(
+# grad_logits * unit is the gradient for an upstream gradient of 1 (with reduction none, of each row's
+# loss). unit: 0-dim, float32; 1 but for float16 logits, whose gradient for 1 would lose most of its
+# elements: it waits for the upstream gradient as multiples of a power of two, times what the mean
+# divides by. largest_mass: 0-dim, float32, what no row's sum of |target mass| exceeds (1 where it is
+# not given); of float16 logits only.
+library.define(
     f"cross_entropy_forward_backward(Tensor logits, Tensor target, {_OPTIONS},"
-    " ScalarType loss_dtype) -> (Tensor loss, Tensor grad_logits)"
+    " ScalarType loss_dtype, Tensor? largest_mass=None)"
+    " -> (Tensor loss, Tensor grad_logits, Tensor unit)"
 )
-_library.define(
+library.define(
     f"cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, {_OPTIONS}, {_KEPT})"
     " -> Tensor grad_logits"
 )
-_library.define(
+library.define(
     "cross_entropy_backward_target(Tensor grad_loss, Tensor logits, Tensor target,"
     f" {_OPTIONS}, {_KEPT}) -> Tensor grad_target"
 )
-# In place, by a 0-dim upstream gradient that stays on the device; 1 costs nothing noticeable.
-_library.define("cross_entropy_scale_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()")
+# In place, by a factor that stays on the device: one, where 1 costs nothing noticeable, or (on CPU) one
+# for each row.
+library.define("cross_entropy_scale_(Tensor(a!) grad_logits, Tensor factor) -> ()")
+# What backward makes of a saved gradient (loss.py), for compilers: opaque, as torch's takes the buffers
+# of a graph that is kept for its own and writes over them in place of a product.
+library.define(
+    "cross_entropy_times(Tensor grad_logits, Tensor grad_loss, Tensor? unit, Tensor target,"
+    " SymInt ignore_index, bool smoothed, int reduction) -> Tensor"
+)
 
 OPS = (
     "cross_entropy_forward",
@@ -73,7 +86,7 @@ OPS = (
     "cross_entropy_scale_",
 )
 for _name in OPS:
-    torch.library.impl(f"fastopt::{_name}", "default", getattr(reference, _name), lib=_library)
+    torch.library.impl(f"fastopt::{_name}", "default", getattr(reference, _name), lib=library)
 
 
 class MissingKernelsWarning(UserWarning):
@@ -277,7 +290,7 @@ def _triton_launcher(name: str) -> Callable[..., Any]:
 
 if GPU_FAMILY == "triton":
     for _name in OPS:
-        torch.library.impl(f"fastopt::{_name}", "CUDA", _triton_launcher(_name), lib=_library)
+        torch.library.impl(f"fastopt::{_name}", "CUDA", _triton_launcher(_name), lib=library)
 
 
 def simd_level() -> str | None:
@@ -297,7 +310,7 @@ def _row_shape(logits: Tensor) -> torch.Size:
     return logits.shape[:0] if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
 
 
-@torch.library.register_fake("fastopt::cross_entropy_forward", lib=_library)
+@torch.library.register_fake("fastopt::cross_entropy_forward", lib=library)
 def _(logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype):
     accumulate = _accumulate_dtype(logits)
     rows = _row_shape(logits)
@@ -306,24 +319,33 @@ def _(logits, target, weight, ignore_index, label_smoothing, reduction, loss_dty
     return loss, row_max, torch.empty_like(row_max), logits.new_empty((), dtype=accumulate)
 
 
-@torch.library.register_fake("fastopt::cross_entropy_forward_backward", lib=_library)
-def _(logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype):
-    return logits.new_empty((), dtype=loss_dtype), reference.empty_gradient(logits)
+@torch.library.register_fake("fastopt::cross_entropy_forward_backward", lib=library)
+def _(
+    logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype, largest_mass=None
+):
+    loss = logits.new_empty(_row_shape(logits) if reduction == 0 else (), dtype=loss_dtype)
+    unit = logits.new_empty((), dtype=torch.float32)
+    return loss, reference.empty_gradient(logits), unit
 
 
-@torch.library.register_fake("fastopt::cross_entropy_backward", lib=_library)
+@torch.library.register_fake("fastopt::cross_entropy_backward", lib=library)
 def _(grad_loss, logits, target, *options_and_kept):
     return reference.empty_gradient(logits)
 
 
-@torch.library.register_fake("fastopt::cross_entropy_backward_target", lib=_library)
+@torch.library.register_fake("fastopt::cross_entropy_backward_target", lib=library)
 def _(grad_loss, logits, target, *options_and_kept):
     return reference.empty_gradient(target)
 
 
-@torch.library.register_fake("fastopt::cross_entropy_scale_", lib=_library)
-def _(grad_logits, grad_loss):
+@torch.library.register_fake("fastopt::cross_entropy_scale_", lib=library)
+def _(grad_logits, factor):
     return None
+
+
+@torch.library.register_fake("fastopt::cross_entropy_times", lib=library)
+def _(grad_logits, grad_loss, *others):
+    return torch.empty_like(grad_logits)
 
 
 cross_entropy_forward = torch.ops.fastopt.cross_entropy_forward.default
@@ -331,3 +353,4 @@ cross_entropy_forward_backward = torch.ops.fastopt.cross_entropy_forward_backwar
 cross_entropy_backward = torch.ops.fastopt.cross_entropy_backward.default
 cross_entropy_backward_target = torch.ops.fastopt.cross_entropy_backward_target.default
 cross_entropy_scale_ = torch.ops.fastopt.cross_entropy_scale_.default
+cross_entropy_times = torch.ops.fastopt.cross_entropy_times.default

@@ -123,14 +123,42 @@ def cross_entropy_forward_backward(
     label_smoothing: float,
     reduction: int,
     loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    options = (weight, ignore_index, label_smoothing, reduction)
-    loss, *kept = cross_entropy_forward(logits, target, *options, loss_dtype)
-    return loss, cross_entropy_backward(loss.new_ones(()), logits, target, *options, *kept)
+    largest_mass: Tensor | None = None,  # 0-dim
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = _problem(logits, target, weight, ignore_index, label_smoothing)
+    options = (weight, ignore_index, label_smoothing)
+    loss, row_max, row_sum, _ = cross_entropy_forward(
+        logits, target, *options, reduction, loss_dtype
+    )
+    upstream = p.x.new_ones(())
+    if reduction == 1:
+        upstream = 1 / _divisor(p.total_weight, label_smoothing)
+    unit = p.x.new_ones((), dtype=torch.float32)
+    if logits.dtype == torch.float16:
+        scale = half_gradient_scale(unit if largest_mass is None else largest_mass)
+        unit = unit_of(upstream, scale)
+        upstream = torch.where(upstream.isfinite(), scale, upstream)
+    softmax = (p.x - row_max.unsqueeze(p.dim)).exp() / row_sum.unsqueeze(p.dim)
+    grad = upstream * (p.q.sum(p.dim, keepdim=True) * softmax - p.q)
+    return loss, empty_gradient(logits).copy_(torch.where(p.live, grad, 0)), unit
 
 
-def cross_entropy_scale_(grad_logits: Tensor, grad_loss: Tensor) -> None:
-    grad_logits.mul_(grad_loss)
+def half_gradient_scale(largest: Tensor) -> Tensor:
+    """csrc/rules/softmax.h: the power of two that takes `largest` to [2^13, 2^14)."""
+    _, exponent = torch.frexp(largest)  # 1 for [1, 2)
+    scale = torch.ldexp(torch.ones_like(largest), (14 - exponent).clamp(-126, 127))
+    return torch.where((largest > 0) & largest.isfinite(), scale, 1.0)
+
+
+def unit_of(upstream: Tensor, scale: Tensor) -> Tensor:
+    """What a gradient of float16 logits is held in multiples of; where the mean divides by nothing,
+    the gradient is inf or NaN itself."""
+    return torch.where(upstream.isfinite(), upstream / scale, 1.0).to(torch.float32)
+
+
+def cross_entropy_scale_(grad_logits: Tensor, factor: Tensor) -> None:
+    factor = factor if factor.numel() == 1 else factor.unsqueeze(min(grad_logits.dim() - 1, 1))
+    torch.mul(grad_logits, factor, out=grad_logits)
 
 
 def _divisor(total_weight: Tensor, label_smoothing: float) -> Tensor:

@@ -77,8 +77,7 @@ def test_scalar_upstream(value: float, reduction: str, dtype: torch.dtype) -> No
         logits = make_logits(shape, dtype)
         check_options(logits, OPTIONS["smoothing"], reduction=reduction, upstream=upstream)
         probabilities = make_probabilities(logits)
-        wanted = ("logits", "target")
-        check(logits, probabilities, reduction=reduction, upstream=upstream, wanted=wanted)
+        check(logits, probabilities, reduction=reduction, upstream=upstream)
 
 
 @each_dtype
@@ -98,8 +97,7 @@ def test_upstream_per_row(upstream: Callable[[Tensor], Tensor], dtype: torch.dty
         logits = make_logits(shape, dtype)
         check_options(logits, EVERYTHING, reduction="none", upstream=upstream)
         probabilities = make_probabilities(logits)
-        wanted = ("logits", "target")
-        check(logits, probabilities, reduction="none", upstream=upstream, wanted=wanted)
+        check(logits, probabilities, reduction="none", upstream=upstream)
 
 
 def test_half_gradients_survive_a_scaler() -> None:
@@ -391,6 +389,7 @@ def test_gradcheck_and_gradgradcheck(options: str, reduction: str) -> None:
     assert torch.autograd.gradgradcheck(loss_of, logits)
 
 
+@pytest.mark.stock
 @each_reduction
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2)], ids=dtype_name)
 def test_gradgradcheck_of_probabilities(shape: tuple[int, ...], reduction: str) -> None:
@@ -620,7 +619,7 @@ def test_a_default_device_changes_nothing() -> None:
     with torch.device("cpu"):
         loss = fastopt.cross_entropy(logits.requires_grad_(), target)
     assert torch.equal(loss, fastopt.cross_entropy(logits, target))
-    assert "_GradientInForward" in type(loss.grad_fn).__name__
+    assert "_LossBackward" in type(loss.grad_fn).__name__
 
 
 @pytest.mark.stock

@@ -43,6 +43,7 @@ from cross_entropy_cases import (
     random_upstream,
 )
 from fastopt import reference
+from fastopt.loss import _largest_mass
 
 pytestmark = pytest.mark.xdist_group("cross_entropy_cuda")
 
@@ -62,7 +63,7 @@ class EmulatedCall(ctypes.Structure):
         *((f"{name}_type", ctypes.c_int64) for name in ("logits", "target", "loss", "grad_loss")),
         ("ignore_index", ctypes.c_int64),
         ("smoothing", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("mean", "target_gradient", "recompute")),
+        *((name, ctypes.c_int64) for name in ("mean", "target_gradient", "recompute", "in_units")),
         *(
             (name, ctypes.c_int64)
             for name in ("sm_count", "shared_per_block", "shared_per_sm", "clusters", "descending")
@@ -71,8 +72,8 @@ class EmulatedCall(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("logits", "probabilities", "weight", "row_upstream", "grad_loss", "kept_weight"),
-                *("labels", "row_loss", "row_max", "row_sum", "grad", "loss", "total_weight"),
-                "workspace",
+                *("largest_mass", "labels", "row_loss", "row_max", "row_sum", "grad", "loss"),
+                *("total_weight", "unit", "workspace"),
             )
         ),
     ]
@@ -257,13 +258,30 @@ class Emulation:
     def forward_backward(
         self, logits: Tensor, target: Tensor, loss_dtype: torch.dtype, **options: object
     ) -> tuple[Tensor, Tensor]:
-        loss, grad = contiguous_guarded((), loss_dtype), guarded_gradient(logits)
+        """The loss, and its gradient for an upstream gradient of 1, out of its units."""
         call = self._call(logits, target, **options)
-        call.loss, call.loss_type = loss.tensor.data_ptr(), ELEMENTS[loss_dtype]
+        unit = contiguous_guarded((), torch.float32)
+        if options["reduction"] == "none":
+            rows = logits.shape[:0] if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
+            loss = contiguous_guarded(rows, accumulate_dtype(logits))
+            call.row_loss = loss.tensor.data_ptr()
+        else:
+            loss = contiguous_guarded((), loss_dtype)
+            call.loss, call.loss_type = loss.tensor.data_ptr(), ELEMENTS[loss_dtype]
+        grad = guarded_gradient(logits)
         call.grad = grad.tensor.data_ptr()
         call.grad_strides[:] = view_strides(grad.tensor)
+        call.in_units = logits.dtype == torch.float16
+        largest = _largest_mass(logits, target, options.get("weight"))
+        call.largest_mass = None if largest is None else largest.data_ptr()
+        call.unit = unit.tensor.data_ptr()
         self._run(call)
-        return loss.check(), grad.check()
+        plain = grad.check()
+        if call.in_units:
+            plain = (plain.float() * unit.check()).half()
+        else:
+            assert unit.check() == 1
+        return loss.check().to(loss_dtype), plain
 
     def backward(
         self,
@@ -351,10 +369,9 @@ def run_all(
         options = {**options, "reduction": reduction}
         loss, *kept = emulation.forward(logits, target, loss_dtype, **options)
         results[f"{reduction} loss"] = loss
-        if reduction != "none":
-            both = emulation.forward_backward(logits, target, loss_dtype, **options)
-            results[f"{reduction} loss with gradient"] = both[0]
-            results[f"{reduction} gradient of logits"] = both[1]
+        both = emulation.forward_backward(logits, target, loss_dtype, **options)
+        results[f"{reduction} loss with gradient"] = both[0]
+        results[f"{reduction} gradient of logits"] = both[1]
         upstream = random_upstream(loss)
         if reduction == "sum":
             continue

@@ -76,7 +76,7 @@ for at_end in (True, False):
                 del options["reduction"]
                 cases.differentiate(
                     loss_function, logits, probabilities, reduction=reduction,
-                    weight=options["weight"], wanted=("logits", "target"),
+                    weight=options["weight"],
                 )
             bad = target.clone()
             bad.view(-1)[-1] = 2**40

@@ -21,7 +21,7 @@ from fastopt import ops
 
 for name in ops.OPS:
     launcher = ops._triton_launcher(name)
-    torch.library.impl(f"fastopt::{name}", "CPU", launcher, lib=ops._library)
+    torch.library.impl(f"fastopt::{name}", "CPU", launcher, lib=ops.library)
 assert "triton" not in sys.modules, "triton is imported before it is used"
 
 from cross_entropy_cases import *
@@ -32,12 +32,12 @@ for shape in [(33, 10), (3, 1025), (2, 21, 5, 7), (13,)]:
         for reduction in REDUCTIONS:
             check_options(logits, EVERYTHING, reduction=reduction, upstream=random_upstream)
         check_options(logits, OPTIONS["plain"])
-        check(logits, make_probabilities(logits), wanted=("logits", "target"), label_smoothing=0.1)
+        check(logits, make_probabilities(logits), label_smoothing=0.1)
 
 logits = make_logits((33, 10)).requires_grad_()
 target = make_target(logits)
 loss = fastopt.cross_entropy(logits, target)
-assert "_GradientInForward" in type(loss.grad_fn).__name__
+assert "_LossBackward" in type(loss.grad_fn).__name__
 (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
 (second,) = torch.autograd.grad(loss, logits, torch.tensor(0.5))
 assert torch.equal(second, first * 0.5)

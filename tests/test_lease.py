@@ -275,7 +275,6 @@ def test_the_groups_take_the_kernels_that_they_are_named_after(tmp_path: Path) -
         assert plans("clusters", True, width) <= {ROWS + 100 + cluster for cluster in (2, 4, 8)}
     assert plans("loop", True) <= {ROWS + cluster for cluster in (1, 2, 4, 8)}  # not held
     assert plans("strided", True) == {STRIDED + ONE_ROW + 1, STRIDED + TWO_ROWS + 1}
-    assert plans("backward", False) >= {PACKED + 1, STRIDED + ONE_ROW + 1}
 
 
 def test_smoke_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

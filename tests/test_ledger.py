@@ -16,7 +16,9 @@ def sources(family: str, kernel: str) -> list[Path]:
     if family == "triton":
         return [ROOT / f"fastopt/kernels/{op}.py"]
     cuda, rules = ROOT / "csrc/cuda", ROOT / "csrc/rules"
-    return sorted([*cuda.glob(f"{op}*"), cuda / "primitives.h", *rules.glob("*.h")])
+    shared = {"sgd": [ROOT / "csrc/cpu/sgd.h"], "cross_entropy": [rules / "softmax.h"]}[op]
+    shared += [cuda / "primitives.h", rules / "types.h", rules / f"{op}.h"]
+    return sorted([*cuda.glob(f"{op}*"), *shared])
 
 
 def source_hash(family: str, kernel: str) -> str:

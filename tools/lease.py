@@ -371,7 +371,7 @@ PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "--quiet", "-p", "no:cacheprovider"]
 TESTS = ("pytest", "hypothesis")
 # The groups of tools/smoke.py: each is a process of its own.
-SMOKE = ("packed", "rows", "held", "clusters", "loop", "strided", "backward", "scale", "labels")
+SMOKE = ("packed", "rows", "held", "clusters", "loop", "strided", "scale", "labels")
 SMOKE += ("sgd", "sgd-unaligned", "sgd-tensors", "sgd-skipped")
 IS_SGD = "sgd or grad_scaler"
 LARGE = "32_bits or peak_memory or most_classes"  # of the GPU's memory

@@ -67,7 +67,7 @@ LEVELS = levels()
 OLD_TRITON = ROOT / "build" / f"triton-{os.environ.get('OLD_TRITON', '')}"
 
 TEST = [
-    Part("everything", ["-m", "not packaging"]),
+    Part("everything", ["-m", "not packaging and not modes"]),
     Part(
         f"compiled by {OLD_TRITON.name}",
         ["tests/test_cross_entropy_triton.py", "tests/test_sgd_triton.py", "-k", "compile"],
@@ -118,7 +118,8 @@ MODES = {
     "check": CHECK,
 }
 NOT_IN = {
-    "test": "wheels and ways of installing (make wheel), sanitizers (make sanitize), GPUs (make gpu)",
+    "test": "wheels and ways of installing (make wheel), sanitizers (make sanitize), all modes of"
+    " torch.compile (make modes), GPUs (make gpu)",
     "values": "all but the values of both ops (make test)",
     "check": "all but one case of each kind (make test), and what make test leaves out",
 }

@@ -326,18 +326,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(
   return {loss, row_max, row_sum, Call::scalar(call.total_weight, call.accumulate)};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_forward_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward_cpu(
     Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
-    double label_smoothing, int64_t reduction, ScalarType loss_dtype) {
+    double label_smoothing, int64_t reduction, ScalarType loss_dtype,
+    std::optional<Tensor> largest_mass) {
   Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
   element_of(loss_dtype);
-  check(call.reduction != kNone, "the gradient in forward is for reductions mean and sum");
+  call.check_largest(largest_mass);
   Tensor grad_logits = empty_gradient(logits);
   call.want_gradient(grad_logits);
+  std::optional<Tensor> row_loss;
+  if (call.reduction == kNone) {
+    row_loss = call.empty_rows();
+    call.p.row_loss = row_loss->mutable_data_ptr();
+  }
   // With every row ignored the loss is NaN and the gradient 0, as in torch.
-  call.p.upstream = call.reduced(1.0);
+  double unit = call.reduced(1.0);
+  call.p.upstream = unit;
+  if (call.p.logits_type == Element::float16 && std::isfinite(unit)) {
+    const double largest = largest_mass ? scalar_value(*largest_mass) : 1.0;
+    call.p.upstream = half_gradient_scale(static_cast<float>(largest));
+    unit /= call.p.upstream;
+  } else {
+    unit = 1.0;
+  }
   const double loss_sum = call.run();
-  return {Call::scalar(call.reduced(loss_sum), loss_dtype), grad_logits};
+  const Tensor loss = row_loss ? torch::stable::to(*row_loss, loss_dtype)
+                               : Call::scalar(call.reduced(loss_sum), loss_dtype);
+  return {loss, grad_logits, Call::scalar(unit, ScalarType::Float)};
 }
 
 Tensor backward(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight,
@@ -378,11 +394,39 @@ Tensor cross_entropy_backward_target_cpu(Tensor grad_loss, Tensor logits, Tensor
                   row_max, row_sum, total_weight, /*target_gradient=*/true);
 }
 
+void cross_entropy_scale_cpu(Tensor grad_logits, Tensor factor) {
+  check(grad_logits.is_cpu() && factor.is_cpu(), "every tensor must be on the CPU");
+  const int64_t count = grad_logits.numel();
+  if (count == 0) return;
+  check(grad_logits.dim() >= 1, "grad_logits must have a class dimension");
+  check(is_dense(sizes_of(grad_logits),
+                 std::vector<int64_t>(grad_logits.strides().begin(), grad_logits.strides().end())),
+        "grad_logits must be dense, as the ops return it");
+  const std::optional<Strides> strides = view_strides(grad_logits);
+  check(strides.has_value(), "grad_logits must have a layout of the ops' own");
+  const ScalarType type = grad_logits.scalar_type();
+  factor = as_contiguous(torch::stable::to(factor, accumulate_type(type)));
+  const int64_t dim = grad_logits.dim(), classes = grad_logits.size(dim == 1 ? 0 : 1);
+  const int64_t batch = dim == 1 ? 1 : grad_logits.size(0), rows = count / classes;
+  const bool one = factor.numel() == 1;
+  check(one || factor.numel() == rows, "factor must be one number, or one for each row");
+  const CrossEntropyScale p{
+      element_of(type), grad_logits.mutable_data_ptr(), *strides, batch, classes,
+      rows / batch,     factor.const_data_ptr(),        one};
+  const bool by_rows = strides->cls == 1;
+  const int64_t tasks = one ? count : by_rows ? rows : batch * classes;
+  const int64_t each = one ? 1 : by_rows ? classes : p.positions;
+  parallel(tasks, std::max<int64_t>(1, kTaskLogits / each), [&](int64_t begin, int64_t end) {
+    FASTOPT_DISPATCH(cross_entropy_scale, p, begin, end);
+  });
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastopt, CPU, library) {
   library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward_cpu));
   library.impl("cross_entropy_forward_backward", TORCH_BOX(&cross_entropy_forward_backward_cpu));
   library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward_cpu));
   library.impl("cross_entropy_backward_target", TORCH_BOX(&cross_entropy_backward_target_cpu));
+  library.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale_cpu));
 }
 
 }  // namespace

@@ -21,6 +21,16 @@ struct CrossEntropyParams : CrossEntropyProblem {
   int64_t tile_classes, tile_rows;  // tiles: classes and rows of a block
 };
 
+// A saved gradient times its upstream gradient, in place.
+struct CrossEntropyScale {
+  Element type;
+  void* grad;
+  Strides strides;
+  int64_t batch, classes, positions;
+  const void* factors;  // accumulation type: one, or one per row
+  bool one;
+};
+
 struct LabelCount {
   int64_t valid;         // labels that are not ignored
   int64_t out_of_range;  // of these, the ones outside [0, classes)
@@ -36,6 +46,7 @@ struct LabelCount {
   void cross_entropy_segment_stats(const CrossEntropyParams&, int64_t begin, int64_t end);        \
   void cross_entropy_merge_segments(const CrossEntropyParams&);                                   \
   void cross_entropy_segment_gradients(const CrossEntropyParams&, int64_t begin, int64_t end);    \
+  void cross_entropy_scale(const CrossEntropyScale&, int64_t begin, int64_t end);                 \
   }
 FASTOPT_FOR_EACH_LEVEL(FASTOPT_DECLARE_CROSS_ENTROPY)
 #undef FASTOPT_DECLARE_CROSS_ENTROPY

@@ -849,6 +849,56 @@ void cross_entropy_rows(const CrossEntropyParams& p, int64_t begin, int64_t end,
 void cross_entropy_tiles(const CrossEntropyParams& p, int64_t begin, int64_t end, void* scratch) {
   dispatch(p, [=](const auto& op) { op.tiles(begin, end, scratch); });
 }
+// Tasks: with one factor, single elements of the dense memory; else the rows where their classes
+// lie side by side, and the (batch entry, class) pairs where their positions do.
+void cross_entropy_scale(const CrossEntropyScale& p, int64_t begin, int64_t end) {
+  const auto scale = [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    constexpr int kStep = kLanes<A>;
+    const auto by_one = [](T* x, int64_t count, A factor) {
+      const Vec<A> factors = splat<A>(factor);
+      int64_t i = 0;
+      for (; i + kStep <= count; i += kStep) store(x + i, load(x + i) * factors);
+      const int left = static_cast<int>(count - i);
+      if (left > 0) store_tail(x + i, load_tail(x + i, left, A(0)) * factors, left);
+    };
+    T* const grad = static_cast<T*>(p.grad);
+    const A* const factors = static_cast<const A*>(p.factors);
+    if (p.one) return by_one(grad + begin, end - begin, *factors);
+    if (p.strides.cls == 1) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* const row =
+            grad + r / p.positions * p.strides.batch + r % p.positions * p.strides.position;
+        by_one(row, p.classes, factors[r]);
+      }
+      return;
+    }
+    for (int64_t task = begin; task < end; ++task) {
+      const A* const own = factors + task / p.classes * p.positions;
+      T* const run = grad + task / p.classes * p.strides.batch + task % p.classes * p.strides.cls;
+      int64_t i = 0;
+      if (p.strides.position == 1) {
+        for (; i + kStep <= p.positions; i += kStep) store(run + i, load(run + i) * load(own + i));
+      }
+      for (; i < p.positions; ++i) {
+        T& x = run[i * p.strides.position];
+        x = from_acc<T>(to_acc(x) * own[i]);
+      }
+    }
+  };
+  switch (p.type) {
+    case Element::float32:
+      return scale(float{});
+    case Element::float64:
+      return scale(double{});
+    case Element::bfloat16:
+      return scale(BFloat16{});
+    case Element::float16:
+      return scale(Half{});
+  }
+}
+
 LabelCount cross_entropy_count_labels(const int64_t* labels, int64_t count, int64_t classes,
                                       int64_t ignore_index) {
   int64_t valid = 0, out_of_range = 0;

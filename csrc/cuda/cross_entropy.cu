@@ -138,19 +138,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cuda(
   return {loss, row_max, row_sum, total_weight};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_forward_backward_cuda(
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward_cuda(
     Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
-    double label_smoothing, int64_t reduction, ScalarType loss_dtype) {
+    double label_smoothing, int64_t reduction, ScalarType loss_dtype,
+    std::optional<Tensor> largest_mass) {
   Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
   call.p.loss_type = element_of(loss_dtype);
-  check(call.reduction != kNone, "the gradient in forward is for reductions mean and sum");
+  call.check_largest(largest_mass);
   Tensor grad_logits =
       empty_strided(sizes_of(logits), gradient_strides(logits), logits.scalar_type(), call.place);
-  Tensor loss = call.empty_scalar(loss_dtype);
   call.want_gradient(grad_logits);
-  call.p.loss = loss.mutable_data_ptr();
+  Tensor loss = call.reduction == kNone ? call.empty_rows() : call.empty_scalar(loss_dtype);
+  (call.reduction == kNone ? call.p.row_loss : call.p.loss) = loss.mutable_data_ptr();
+  Tensor unit = call.empty_scalar(ScalarType::Float);
+  call.p.unit = static_cast<float*>(unit.mutable_data_ptr());
+  call.p.in_units = call.p.logits_type == Element::float16;
+  if (largest_mass) call.p.largest_mass = static_cast<const float*>(largest_mass->const_data_ptr());
   call.run();
-  return {loss, grad_logits};
+  if (loss.scalar_type() != loss_dtype) loss = torch::stable::to(loss, loss_dtype);
+  return {loss, grad_logits, unit};
 }
 
 Tensor backward(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight,

@@ -4,7 +4,8 @@
 //
 //   packed   few classes: a thread a row. A tile of rows passes through shared memory, there and
 //            back, so that memory is touched in whole words where rows lie side by side.
-//   rows     classes contiguous: a warp, a block or a cluster of blocks per row. Where the gradient
+//   rows     classes contiguous: lanes of a warp, a block or a cluster of them per row. Where the
+//   gradient
 //            follows the loss, the row waits for it in shared memory: one read and one write per
 //            logit. A row too long for that is read a second time.
 //   strided  classes apart in memory: lanes run over rows and loop over classes, twice where the
@@ -43,6 +44,11 @@ struct CrossEntropyParams : CrossEntropyProblem {
 
   const void* grad_loss;  // 0-dim upstream gradient of grad_loss_type; null: 1
   Element grad_loss_type;
+
+  // The gradient in multiples of a unit that is written to `unit` (half_gradient_scale).
+  bool in_units;
+  const float* largest_mass;  // 0-dim, or null: 1
+  float* unit;                // 0-dim, or null
 
   double* loss_parts;  // (blocks) the sum of a block's row losses, or null
   int64_t loss_part_count;
@@ -309,6 +315,7 @@ struct CrossEntropy {
         smoothing = sum_of_parts(p.smoothing_parts, p.smoothing_part_count);
       double upstream = p.grad_loss != nullptr ? load_scalar(p.grad_loss, p.grad_loss_type) : 1.0;
       if (p.mean && p.grad != nullptr) upstream = mean_of(p, upstream, total_weight(p));
+      if (waits(p, upstream)) upstream = static_cast<double>(scale_of(p));
       if (thread_index() == 0) {
         if (p.total_weight != nullptr && p.loss == nullptr && block_index() == 0)
           *static_cast<A*>(p.total_weight) = static_cast<A>(p.known_weight);
@@ -317,6 +324,15 @@ struct CrossEntropy {
       }
     }
     sync_block();
+  }
+
+  // Whether the gradient is held in units; not where the mean's divisor already makes it inf or
+  // NaN.
+  FASTOPT_MEMBER static bool waits(const CrossEntropyParams& p, double upstream) {
+    return p.in_units && upstream - upstream == 0;
+  }
+  FASTOPT_MEMBER static float scale_of(const CrossEntropyParams& p) {
+    return half_gradient_scale(p.largest_mass != nullptr ? *p.largest_mass : 1.0f);
   }
 
   FASTOPT_MEMBER static double total_weight(const CrossEntropyParams& p) {
@@ -1197,6 +1213,12 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads)
   const double total = AnyKernel::total_weight(p);
   if (thread_index() > 0) return;
   if (p.mean) loss = AnyKernel::mean_of(p, loss, total);
+  if (p.unit != nullptr) {
+    const double upstream = p.mean ? AnyKernel::mean_of(p, 1.0, total) : 1.0;
+    const bool waits = AnyKernel::waits(p, upstream);
+    *p.unit =
+        waits ? static_cast<float>(upstream / static_cast<double>(AnyKernel::scale_of(p))) : 1.0f;
+  }
   if (p.loss != nullptr) store_scalar(p.loss, p.loss_type, loss);
   if (p.total_weight != nullptr) *static_cast<A*>(p.total_weight) = static_cast<A>(total);
 }
@@ -1356,7 +1378,7 @@ void launch_cross_entropy(CrossEntropyParams p, const CrossEntropyPlan& plan, do
       }
     });
   }
-  if (p.loss != nullptr || plan.blocks == 0) {
+  if (p.loss != nullptr || p.unit != nullptr || plan.blocks == 0) {
     const auto kernel = is_double ? &cross_entropy_finish<double> : &cross_entropy_finish<float>;
     launch(kernel, int64_t{1}, kMaxThreads, kMaxWarps * 8, 1, p);
   }

@@ -60,7 +60,7 @@ constexpr int kParcelThreads = 256;
 // that share the warp: few lanes with many vectors each, down to lanes that read whole 128-byte
 // lines, unless rows are too few to give an SM its 1024 threads. A lane whose row is held has it
 // all under way at once and wants less of it. Numbers by measurement
-// (bench/results/cuda-nvidia-h200).
+// (bench/results/gpu-nvidia-h200-cuda).
 constexpr int64_t kMostVectors = 128;       // read once
 constexpr int64_t kMostHeldVectors = 20;    // held by a block
 constexpr int64_t kMostParcelVectors = 16;  // held by a warp

@@ -286,6 +286,13 @@ struct CrossEntropyCall {
     p.grad_strides = *strides;
   }
 
+  void check_largest(const std::optional<Tensor>& largest_mass) const {
+    if (!largest_mass) return;
+    check_place({&*largest_mass});
+    check(largest_mass->numel() == 1 && largest_mass->scalar_type() == ScalarType::Float,
+          "largest_mass must be one float32");
+  }
+
   // What the forward pass kept, checked; contiguous from here on.
   void recompute_from(Tensor& row_max, Tensor& row_sum, const Tensor& total_weight,
                       const Tensor& grad_loss) {

@@ -40,4 +40,15 @@ struct CrossEntropyProblem {
   const void* row_upstream;  // upstream gradient per row, accumulation type, or null
 };
 
+// Gradients of float16 logits wait for their upstream factor (a GradScaler's 65536, say) as
+// multiples of a unit: a p - q is at most twice the row's sum of |q|, and most of its elements are
+// far below what float16 holds. A power of two takes the largest possible sum of a call's masses to
+// [2^13, 2^14): nothing overflows, and the least is lost below.
+FASTOPT_RULE float half_gradient_scale(float largest) {
+  if (!(largest > 0 && largest < __builtin_inff())) return 1.0f;
+  const int exponent = static_cast<int>(bit_cast<uint32_t>(largest) >> 23);  // 127 for [1, 2)
+  const int scale = 127 + 13 - (exponent - 127);
+  return bit_cast<float>(static_cast<uint32_t>(scale < 254 ? scale > 1 ? scale : 1 : 254) << 23);
+}
+
 }  // namespace fastopt

@@ -307,6 +307,7 @@ def _forward_kernel(
     row_sum_ptr,
     total_weight_ptr,  # 0-dim; written here for reduction none
     grad_ptr,
+    scale_ptr,  # 0-dim, reference.half_gradient_scale; None: the gradient is not held in units
     rows,
     classes,
     positions,
@@ -435,6 +436,8 @@ def _forward_kernel(
         up = tl.full([ROWS], 1.0, tl.float64)
         if REDUCTION == 1:
             up /= _divisor(_total_weight(parts_ptr, parts, rows, LABELS, PARTS), uniform)
+        if scale_ptr is not None:  # unless the divisor makes it inf or NaN
+            up = tl.where(up - up == 0, tl.load(scale_ptr).to(tl.float64), up)
         up = up.to(ACC)
         factor = _factor(mass, row_sum, AXIS)
         if EDGE > 1:
@@ -921,16 +924,26 @@ def cross_entropy_forward_backward(
     label_smoothing: float,
     reduction: int,
     loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    largest_mass: Tensor | None = None,  # 0-dim, of float16 logits
+) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
-    _check(reduction != 0, "the gradient in forward is for reductions mean and sum")
     if logits.numel() == 0:
         return reference.cross_entropy_forward_backward(
             logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
         )
     grad_logits = reference.empty_gradient(logits)
-    loss, _ = _forward(call, loss_dtype, None, None, grad_logits)
-    return loss, grad_logits
+    unit = torch.ones((), dtype=torch.float32, device=logits.device)
+    if logits.dtype != torch.float16:
+        return _forward(call, loss_dtype, None, None, grad_logits)[0], grad_logits, unit
+    if largest_mass is not None:
+        _check(
+            largest_mass.numel() == 1 and largest_mass.device == logits.device,
+            "largest_mass must be one number on the device of logits",
+        )
+    scale = reference.half_gradient_scale(unit if largest_mass is None else largest_mass)
+    loss, total_weight = _forward(call, loss_dtype, None, None, grad_logits, scale)
+    upstream = 1 / reference._divisor(total_weight, label_smoothing) if reduction == 1 else unit
+    return loss, grad_logits, reference.unit_of(upstream, scale)
 
 
 def _forward(
@@ -939,6 +952,7 @@ def _forward(
     row_max: Tensor | None,
     row_sum: Tensor | None,
     grad_logits: Tensor | None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the total weight."""
     _check(loss_dtype in _DTYPES, "the loss must be float32, float64, bfloat16 or float16")
@@ -961,6 +975,7 @@ def _forward(
             row_sum,
             total_weight,
             grad_logits,
+            scale,
             parts=0 if parts is None else parts.numel(),
             GRADIENT=grad_logits is not None,
             LOOP=config.loop,
@@ -1055,15 +1070,20 @@ def _backward(
 
 def cross_entropy_scale_(
     grad_logits: Tensor,  # dense, in any order of its dimensions
-    grad_loss: Tensor,  # 0-dim, on the device of grad_logits
+    factor: Tensor,  # 0-dim, or one for each row; on the device of grad_logits
 ) -> None:
     """Multiplies in place; a factor of 1 touches no memory."""
     _check(
-        grad_logits.dtype in _DTYPES and grad_loss.dtype in _DTYPES,
+        grad_logits.dtype in _DTYPES and factor.dtype in _DTYPES,
         "gradients must be float32, float64, bfloat16 or float16",
     )
-    _check(grad_loss.numel() == 1, "grad_loss must have the shape of the loss")
-    _check(grad_loss.device == grad_logits.device, "every tensor must be on one device")
+    _check(factor.device == grad_logits.device, "every tensor must be on one device")
+    if factor.numel() != 1:
+        dim = min(grad_logits.dim() - 1, 1)
+        rows = grad_logits.shape[:dim] + grad_logits.shape[dim + 1 :]
+        _check(factor.shape == rows, "factor must be one number, or one for each row")
+        reference.cross_entropy_scale_(grad_logits, factor)  # one pass, as ours would be
+        return
     count = grad_logits.numel()
     if count == 0:
         return
@@ -1071,7 +1091,7 @@ def cross_entropy_scale_(
     with torch.cuda.device_of(grad_logits):
         _scale_kernel[(min(triton.cdiv(count, _SCALE_BLOCK), _SCALE_PROGRAMS),)](
             grad_logits,
-            grad_loss,
+            factor,
             count,
             ACC=tl.float64 if grad_logits.dtype == torch.float64 else tl.float32,
             BLOCK=_SCALE_BLOCK,

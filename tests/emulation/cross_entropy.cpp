@@ -36,13 +36,15 @@ struct EmulatedCall {
   int64_t ignore_index;
   double smoothing;
   int64_t mean;
-  int64_t target_gradient, recompute;
+  int64_t target_gradient, recompute, in_units;
   // device limits
   int64_t sm_count, shared_per_block, shared_per_sm, clusters;
   int64_t descending;
   const void *logits, *probabilities, *weight, *row_upstream, *grad_loss, *kept_weight;
+  const float* largest_mass;
   const int64_t* labels;
   void *row_loss, *row_max, *row_sum, *grad, *loss, *total_weight;
+  float* unit;
   double* workspace;  // exactly as long as the launcher has it
 };
 
@@ -88,6 +90,9 @@ static CrossEntropyParams params_of(const EmulatedCall& call) {
   p.loss = call.loss;
   p.loss_type = static_cast<Element>(call.loss_type);
   p.total_weight = call.total_weight;
+  p.in_units = call.in_units != 0;
+  p.largest_mass = call.largest_mass;
+  p.unit = call.unit;
   return p;
 }
 
