@@ -306,7 +306,9 @@ def _largest_mass(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tens
     gradient is held in units of it (ops.py)."""
     if logits.dtype is not torch.float16:
         return None
-    largest = None if weight is None else weight.abs().amax()
+    largest = None
+    if weight is not None:  # an infinite one makes inf and NaN, or has no row
+        largest = torch.where(weight.isfinite(), weight.abs(), 0).amax()
     if target.dtype is not torch.int64:
         dim = 0 if target.dim() == 1 else 1
         sums = torch.linalg.vector_norm(target, 1, dim, dtype=torch.float32)
@@ -502,8 +504,9 @@ def _mass(
         return mass / (like.numel() // classes) if reduction == 1 else mass
     label = torch.where(live, target.unsqueeze(dim), 0)
     one_hot = torch.zeros_like(like).scatter(dim, label, live.to(like.dtype))
-    mass = torch.where(live, w * ((1 - smoothing) * one_hot + smoothing / classes), 0)
-    return mass / (w * one_hot).sum() if reduction == 1 else mass
+    has_mass = live if smoothing > 0 else one_hot > 0  # else no 0 * inf of an infinite weight
+    mass = torch.where(has_mass, w * ((1 - smoothing) * one_hot + smoothing / classes), 0)
+    return mass / torch.where(one_hot > 0, w, 0).sum() if reduction == 1 else mass
 
 
 def _op_autograd(

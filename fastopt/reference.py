@@ -49,9 +49,10 @@ def _problem(
     label = target.unsqueeze(dim)
     live = label != ignore_index
     one_hot = torch.zeros_like(x).scatter_(dim, torch.where(live, label, 0), 1.0) * live
-    q = w * ((1 - smoothing) * one_hot + uniform)
     counted = live if smoothing > 0 else one_hot > 0
-    return _Problem(x, q, w, counted, live, (w * one_hot).sum(), dim)
+    # An infinite weight of a class without mass is no 0 * inf.
+    q = torch.where(counted, w * ((1 - smoothing) * one_hot + uniform), 0)
+    return _Problem(x, q, w, counted, live, torch.where(one_hot > 0, w, 0).sum(), dim)
 
 
 def cross_entropy_forward(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cross_entropy_cases as cases
 import fastopt
-from accuracy import assert_as_accurate
+from accuracy import assert_as_accurate, assert_same_bits
 from cross_entropy_cases import (
     DTYPES,
     EVERYTHING,
@@ -26,6 +26,7 @@ from cross_entropy_cases import (
     Options,
     check,
     check_options,
+    differentiate,
     dtype_name,
     make_logits,
     make_probabilities,
@@ -226,6 +227,89 @@ def test_ignore_index_may_be_a_tensor() -> None:
     target = make_target(logits)
     ours = fastopt.cross_entropy(logits, target, ignore_index=torch.tensor(0))
     assert torch.equal(ours, F.cross_entropy(logits, target, ignore_index=torch.tensor(0)))
+
+
+@each_dtype
+def test_an_infinite_weight_of_a_class_without_rows(dtype: torch.dtype) -> None:
+    """1 / bincount has them. 0 * inf must not reach a loss or a gradient."""
+    for shape in [(77, 7), (40, 7, 3), (5, 3000), (4, 20000)]:
+        logits = make_logits(shape, dtype)
+        target = make_target(logits).clamp(max=shape[1] - 2)
+        weight = torch.linspace(0.5, 2, shape[1]).to(dtype)
+        weight[-1] = math.inf
+        for reduction in REDUCTIONS:
+            ours = check(logits, target, weight=weight, reduction=reduction)
+            assert ours.loss.isfinite().all() and ours.gradients["logits"].isfinite().all()
+        leaf = logits.clone().requires_grad_()
+        loss = fastopt.cross_entropy(leaf, target, weight)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.float().square().sum(), leaf)
+        assert second.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("upstream", [math.inf, -math.inf, math.nan, 0.0])
+def test_upstream_gradients_that_are_no_numbers(upstream: float, reduction: str) -> None:
+    """0 in ignored rows; inf - inf where a row has mass, in one class or in all. As torch, bit by bit of
+    what is no number."""
+    logits = make_logits((33, 10))
+    if logits.is_cuda and reduction != "none":
+        pytest.skip("the kernels that scale on GPUs multiply every element alike")
+    labels = make_target(logits).masked_fill(torch.arange(33) % 3 == 0, -100)
+    for target in (labels, make_probabilities(logits)):
+        for smoothing in (0.0, 0.1):
+            gradients = []
+            for loss_function in (F.cross_entropy, fastopt.cross_entropy):
+                leaf = logits.clone().requires_grad_()
+                loss = loss_function(leaf, target, reduction=reduction, label_smoothing=smoothing)
+                grad_loss = torch.full_like(loss, upstream)
+                if reduction == "none":
+                    grad_loss[::2] = 1
+                gradients += torch.autograd.grad(loss, leaf, grad_loss)
+            theirs, ours = gradients
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(300, 10), (7, 70), (3, 13, 5)], ids=str)
+def test_subnormal_halves_are_no_zeros(shape: tuple[int, ...]) -> None:
+    """torch.set_flush_denormal tells the CPU to read float32's as 0, and not float16's: in the kernels
+    they become normal numbers."""
+    logits = torch.zeros(shape, dtype=torch.float16)
+    logits[:, 0] = 20
+    target = torch.full(shape, 5e-5, dtype=torch.float16)
+    target[:, 0] = 1
+    results = []
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        try:
+            results.append(differentiate(fastopt.cross_entropy, logits, target))
+            results.append(differentiate(fastopt.cross_entropy, target, logits))
+        finally:
+            torch.set_flush_denormal(False)
+    for kept, flushed in zip(results[:2], results[2:], strict=True):
+        assert_same_bits(flushed.loss, kept.loss)
+    assert results[0].loss > 0.5 * F.cross_entropy(logits.double(), target.double())
+
+
+def test_float64_weights_that_are_smoothed_keep_their_digits() -> None:
+    """The masses of all classes are added up once a call: beside torch's pairwise sums, not one by
+    one."""
+    numpy = pytest.importorskip("numpy")
+    if numpy.finfo(numpy.longdouble).nmant <= 52:
+        pytest.skip("no wider type here")
+    for classes in (1000, 100_000):
+        logits, target = make_logits((3, classes), torch.float64), torch.arange(3)
+        weight = torch.full((classes,), 0.1, dtype=torch.float64)
+        x, w = (t.cpu().numpy().astype(numpy.longdouble) for t in (logits, weight))
+        shifted = x - x.max(1, keepdims=True)
+        logs = shifted - numpy.log(numpy.exp(shifted).sum(1, keepdims=True))
+        e = numpy.longdouble(0.1)
+        exact = -(1 - e) * w[:3] * logs[range(3), range(3)] - e / classes * (w * logs).sum(1)
+        errors = []
+        for loss_function in (F.cross_entropy, fastopt.cross_entropy):
+            loss = loss_function(logits, target, weight, reduction="none", label_smoothing=0.1)
+            errors.append(abs((loss.cpu().numpy() - exact) / exact).max())
+        assert errors[1] <= 2 * errors[0] + 4e-16, errors
 
 
 def test_weights_that_sum_to_zero() -> None:

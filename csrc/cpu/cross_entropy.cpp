@@ -116,12 +116,16 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     masses = empty_strided({2, p.classes}, {p.classes, 1}, accumulate, place);
     A* const own = static_cast<A*>(masses->mutable_data_ptr());
     A* const shared = own + p.classes;
-    p.smoothing_mass = 0;
+    // Compensated: added up one by one, a thousand float64 weights would lose three digits.
+    double sum = 0, lost = 0;
     for (int64_t c = 0; c < p.classes; ++c) {
       own[c] = static_cast<A>(p.keep) * w[c];
-      shared[c] = static_cast<A>(p.uniform) * w[c];
-      p.smoothing_mass += static_cast<double>(shared[c]);
+      shared[c] = p.uniform > 0 ? static_cast<A>(p.uniform) * w[c] : A(0);  // not 0 * inf
+      const double mass = static_cast<double>(shared[c]), next = sum + mass;
+      lost += std::fabs(sum) >= std::fabs(mass) ? (sum - next) + mass : (mass - next) + sum;
+      sum = next;
     }
+    p.smoothing_mass = std::isfinite(sum) ? sum + lost : sum;
     p.true_masses = own;
     p.smoothing_masses = shared;
   }

@@ -61,10 +61,13 @@ FASTOPT_RULE float to_acc(Half x) {
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
-  // Moving the exponent by a product renormalises subnormals exactly; inf and NaN by hand.
-  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
-  const uint32_t bits =
-      magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : bit_cast<uint32_t>(scaled);
+  // Subnormals get a leading 1, which a difference takes away again: no operand of it is subnormal
+  // as a float32, which a CPU may have been told to read as 0. Inf and NaN by hand.
+  const uint32_t moved = (magnitude << 13) + 0x38000000u;
+  const float subnormal = bit_cast<float>(moved + 0x00800000u) - 0x1p-14f;
+  const uint32_t bits = magnitude >= 0x7c00u   ? 0x7f800000u | (magnitude << 13)
+                        : magnitude >= 0x0400u ? moved
+                                               : bit_cast<uint32_t>(subnormal);
   return bit_cast<float>(bits | sign);
 #endif
 }
