@@ -104,7 +104,7 @@ sanitize: build
 	FASTOPT_LIBRARY=$(CURDIR)/build/sanitize/_C.so FASTOPT_SANITIZE=1 \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	$(PYTEST) $(SANITIZE_TESTS) -m "not slow"
+	$(PYTEST) -n auto --maxprocesses 8 --dist loadgroup $(SANITIZE_TESTS) -m "not slow"
 
 # build/lib* is setuptools' own copy of the package, which keeps modules that were deleted since.
 wheel: build

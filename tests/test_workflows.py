@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from child import run
+from child import run, run_pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -116,3 +116,12 @@ def test_the_suite_runs_every_part_and_counts(
     assert "not in it: the rest" in done.stdout
     reason = "skipped [1] no such thing here"
     assert (reason in done.stdout) == ("skips" in parts), done.stdout
+
+
+def test_make_check_names_tests_that_exist() -> None:
+    """Not a part of .ci/run: `make test` runs all that it does."""
+    program = "import json, suite; print(json.dumps([list(p.arguments) for p in suite.CHECK]))"
+    found = run(sys.executable, "-c", program, PYTHONPATH=str(ROOT / "tools"))
+    for arguments in json.loads(found.stdout):
+        done = run_pytest("--collect-only", *arguments)
+        assert done.returncode == 0, done.stdout
