@@ -424,9 +424,15 @@ def _times(
         factor = factor.unsqueeze(dim)
     torch.mul(result, factor, out=result)
     if hard:
-        label = torch.where(ignored, 0, target).unsqueeze(dim)
+        label = _labels_in_range(target, ignored, grad.shape[dim]).unsqueeze(dim)
         result.scatter_add_(dim, label, odd.unsqueeze(dim).to(result.dtype))
     return result
+
+
+def _labels_in_range(target: Tensor, ignored: Tensor, classes: int) -> Tensor:
+    """Class indices that may serve as addresses: another class's in the place of those that may not,
+    whose rows are ignored, or NaN already (on GPUs, where a label out of range is no error)."""
+    return torch.where(ignored, 0, target).clamp(0, classes - 1)
 
 
 def _differentiable(
@@ -467,9 +473,8 @@ def _differentiable(
         total = mass.sum(dim, keepdim=True)
         softmax_mass = g + mass
         if grad.dtype in _HALF and live is not None:
-            softmax_mass = _mend_true_class(
-                softmax_mass, total, torch.where(live, target.unsqueeze(dim), 0)
-            )
+            label = _labels_in_range(target.unsqueeze(dim), ~live, g.shape[dim])
+            softmax_mass = _mend_true_class(softmax_mass, total, label)
         mean = (v * softmax_mass).sum(dim, keepdim=True) / torch.where(total == 0, 1, total)
         result = result + softmax_mass * (v - mean)
     return result.to(grad.dtype)
@@ -502,7 +507,7 @@ def _mass(
     if live is None:
         mass = w * ((1 - smoothing) * target.to(like.dtype) + smoothing / classes)
         return mass / (like.numel() // classes) if reduction == 1 else mass
-    label = torch.where(live, target.unsqueeze(dim), 0)
+    label = _labels_in_range(target.unsqueeze(dim), ~live, classes)
     one_hot = torch.zeros_like(like).scatter(dim, label, live.to(like.dtype))
     has_mass = live if smoothing > 0 else one_hot > 0  # else no 0 * inf of an infinite weight
     mass = torch.where(has_mass, w * ((1 - smoothing) * one_hot + smoothing / classes), 0)

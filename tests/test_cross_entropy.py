@@ -34,6 +34,7 @@ from cross_entropy_cases import (
     make_weight,
     random_upstream,
 )
+from fastopt.loss import _differentiable, _times
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -268,6 +269,19 @@ def test_upstream_gradients_that_are_no_numbers(upstream: float, reduction: str)
                 gradients += torch.autograd.grad(loss, leaf, grad_loss)
             theirs, ours = gradients
             torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.stock
+def test_labels_out_of_range_are_no_addresses_in_backward() -> None:
+    """On a GPU their rows are NaN and nothing raises: neither may what backward does with labels."""
+    grad = torch.ones(3, 4)
+    target = torch.tensor([2**40, -5, 3])
+    upstream = torch.tensor([math.inf, 1, 2])
+    scaled = _times(grad, upstream, None, target, -100, False, 0, own=False)
+    assert scaled[1].eq(1).all() and scaled[2].eq(2).all()
+    options = (-100, 0.1, 1, torch.float32)
+    again = _differentiable(grad, target, None, None, options, torch.ones(()), grad)
+    assert again.shape == grad.shape
 
 
 @pytest.mark.parametrize("shape", [(300, 10), (7, 70), (3, 13, 5)], ids=str)
