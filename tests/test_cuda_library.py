@@ -57,6 +57,7 @@ def served(index: int) -> tuple[bool, bool]:
     """Whether each face would use our kernels there. Tensors that have a GPU but no memory."""
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "_TENSOR_TYPES", (FakeTensor,))
+        patch.setattr(loss, "_is_watched", lambda: False)  # by the fake mode of these tensors
         logits = torch.empty(4096, 1000, device=f"cuda:{index}")
         target = torch.empty(4096, dtype=torch.int64, device=f"cuda:{index}")
         return (
