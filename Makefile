@@ -49,7 +49,7 @@ demo: build
 	$(BIN)/python bench/train_digits.py
 
 # Threads that spin while they wait make tests twenty times slower where others use the cores too.
-check test test-values clang aarch64 sanitize wheel wheels: export OMP_WAIT_POLICY = passive
+check test test-values modes clang aarch64 sanitize wheel wheels: export OMP_WAIT_POLICY = passive
 
 # Format, lint, types and one fast case of every kind: before every commit.
 check: lint build
@@ -61,11 +61,11 @@ test: lint build build/triton-$(OLD_TRITON)
 test-values: build
 	$(BIN)/python tools/suite.py values
 
-# make bench BENCH=--quick: a few cases, for a first look
 # The loss in every mode of PyTorch, against torch's own: also those that compile with Inductor.
 modes: build
 	$(PYTEST) -n auto --maxprocesses 8 tests/test_cross_entropy_modes.py
 
+# make bench BENCH=--quick: a few cases, for a first look
 bench: build
 	$(PYTEST) bench/bench_*.py --benchmark-json=build/bench.json $(BENCH)
 	$(BIN)/python bench/report.py build/bench.json

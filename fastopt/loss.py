@@ -44,7 +44,8 @@ _MIN_COST_OF_MANY_CLASSES, _ROW_COST = 80_000, 96  # in logits
 # On an H200 1024 x 1000 float32 logits take the device 23 us, stock's kernels 37; the host needs some
 # 30 us more than stock's whatever the size (bench/results/gpu-nvidia-h200-cuda/notes.md).
 _MIN_LOGITS_ON_GPU = 1 << 20
-# torch.compile: 128x10 0.74, 64x1000 1.14, 1024x1000 2.4, 512x32000 3.1 (as above, one compiled call)
+# Under torch.compile, rough figures of another day's busy machine: 128x10 0.74, 64x1000 1.14,
+# 1024x1000 2.4, 512x32000 3.1.
 _MIN_LOGITS_COMPILED = 1 << 15
 _MAX_CLASSES_ON_GPU = 1 << 30  # which both families of kernels count in 32 bits
 

@@ -145,7 +145,7 @@ def cross_entropy_forward_backward(
 
 
 def half_gradient_scale(largest: Tensor) -> Tensor:
-    """csrc/rules/softmax.h: the power of two that takes `largest` to [2^13, 2^14)."""
+    """csrc/rules/cross_entropy.h: the power of two that takes `largest` to [2^13, 2^14)."""
     _, exponent = torch.frexp(largest)  # 1 for [1, 2)
     scale = torch.ldexp(torch.ones_like(largest), (14 - exponent).clamp(-126, 127))
     return torch.where((largest > 0) & largest.isfinite(), scale, 1.0)
