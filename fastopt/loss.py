@@ -22,7 +22,7 @@ from torch.nn import _reduction
 from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
-from fastopt import ops
+from fastopt import ops, reference
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -295,7 +295,7 @@ def _cross_entropy(
         weight = weight.float()
     options = (ignore_index, label_smoothing, _REDUCTIONS[reduction], loss_dtype)
     if not torch.is_grad_enabled() or not logits.requires_grad:
-        return ops.cross_entropy_forward(logits, target, weight, *options)[0]
+        return ops.cross_entropy_forward(logits, target, weight, *options)
     largest = _largest_mass(logits, target, weight)
     if torch.compiler.is_compiling():
         return ops.cross_entropy_forward_backward(logits, target, weight, *options, largest)[0]
@@ -406,34 +406,10 @@ def _times(
     if unit is not None:
         factor = factor * unit
     result = grad if own else grad.clone()
-    if bool(factor.isfinite().all()) if grad.is_cpu else reduction:
-        ops.cross_entropy_scale_(result, factor)
-        return result
-    # Infinite or NaN, or on a GPU, where asking would mean waiting. An ignored row has gradient 0, and
-    # what has mass is inf - inf: every class of a row, or the true one.
-    odd = factor - factor  # 0, or NaN
-    labels = target.dtype is torch.int64
-    hard = labels and not smoothed
-    if not hard:
-        factor = factor + odd
-    if labels:
-        ignored = target == ignore_index
-        factor = torch.where(ignored, 0, factor)
-        odd = torch.where(ignored, 0, odd)
-    dim = 0 if grad.dim() == 1 else 1
-    if factor.dim():
-        factor = factor.unsqueeze(dim)
-    torch.mul(result, factor, out=result)
-    if hard:
-        label = _labels_in_range(target, ignored, grad.shape[dim]).unsqueeze(dim)
-        result.scatter_add_(dim, label, odd.unsqueeze(dim).to(result.dtype))
+    # The kernels of GPUs take one factor. Rows' factors are one pass in plain torch, too.
+    scale = ops.cross_entropy_scale_ if reduction or grad.is_cpu else reference.cross_entropy_scale_
+    scale(result, factor, target, ignore_index, smoothed)
     return result
-
-
-def _labels_in_range(target: Tensor, ignored: Tensor, classes: int) -> Tensor:
-    """Class indices that may serve as addresses: another class's in the place of those that may not,
-    whose rows are ignored, or NaN already (on GPUs, where a label out of range is no error)."""
-    return torch.where(ignored, 0, target).clamp(0, classes - 1)
 
 
 def _differentiable(
@@ -474,7 +450,7 @@ def _differentiable(
         total = mass.sum(dim, keepdim=True)
         softmax_mass = g + mass
         if grad.dtype in _HALF and live is not None:
-            label = _labels_in_range(target.unsqueeze(dim), ~live, g.shape[dim])
+            label = reference.labels_in_range(target.unsqueeze(dim), ~live, g.shape[dim])
             softmax_mass = _mend_true_class(softmax_mass, total, label)
         mean = (v * softmax_mass).sum(dim, keepdim=True) / torch.where(total == 0, 1, total)
         result = result + softmax_mass * (v - mean)
@@ -501,15 +477,16 @@ def _mass(
     """q of every class, over what the mean divides by."""
     dim = 0 if like.dim() == 1 else 1
     classes = like.shape[dim]
-    smoothing = max(label_smoothing, 0.0)
+    smoothing = label_smoothing if label_smoothing > 0 else 0.0
     w = like.new_ones(())
     if weight is not None:
         w = weight.to(like.dtype).reshape([-1 if i == dim else 1 for i in range(like.dim())])
     if live is None:
         mass = w * ((1 - smoothing) * target.to(like.dtype) + smoothing / classes)
         return mass / (like.numel() // classes) if reduction == 1 else mass
-    label = _labels_in_range(target.unsqueeze(dim), ~live, classes)
-    one_hot = torch.zeros_like(like).scatter(dim, label, live.to(like.dtype))
+    label = reference.labels_in_range(target.unsqueeze(dim), ~live, classes)
+    counts = live & (target.unsqueeze(dim) == label)  # not where a label is out of range
+    one_hot = torch.zeros_like(like).scatter(dim, label, counts.to(like.dtype))
     has_mass = live if smoothing > 0 else one_hot > 0  # else no 0 * inf of an infinite weight
     mass = torch.where(has_mass, w * ((1 - smoothing) * one_hot + smoothing / classes), 0)
     return mass / torch.where(one_hot > 0, w, 0).sum() if reduction == 1 else mass

@@ -39,16 +39,14 @@ if BACKEND not in (None, "cuda", "triton", "reference"):
 
 # SymInt: torch.compile would compile anew for every other int.
 _OPTIONS = "Tensor? weight, SymInt ignore_index, float label_smoothing, int reduction"
-_KEPT = "Tensor row_max, Tensor row_sum, Tensor total_weight"
 
 library = torch.library.Library("fastopt", "DEF")
 # logits: (C), (N, C) or (N, C, d1, ...). target: int64 class indices (N, d1, ...), or probabilities
 # shaped like logits. weight: (C), in the accumulation type (float32; float64 for float64 logits).
-# reduction: 0 none, 1 mean, 2 sum. row_max, row_sum: shaped like the unreduced loss, accumulation
-# type; row_sum = sum_c exp(logits_c - row_max). total_weight: 0-dim, what the mean divides by.
+# reduction: 0 none, 1 mean, 2 sum.
 library.define(
     f"cross_entropy_forward(Tensor logits, Tensor target, {_OPTIONS}, ScalarType loss_dtype)"
-    " -> (Tensor loss, Tensor row_max, Tensor row_sum, Tensor total_weight)"
+    " -> Tensor loss"
 )
 # grad_logits * unit is the gradient for an upstream gradient of 1 (with reduction none, of each row's
 # loss). unit: 0-dim, float32; 1 but for float16 logits, whose gradient for 1 would lose most of its
@@ -60,17 +58,13 @@ library.define(
     " ScalarType loss_dtype, Tensor? largest_mass=None)"
     " -> (Tensor loss, Tensor grad_logits, Tensor unit)"
 )
+# In place, by an upstream gradient that stays on the device: one, where 1 costs nothing noticeable, or
+# (on CPU) one for each row. Where it is inf or NaN, ignored rows are 0 and what has mass is NaN: the true
+# class, or all of them (smoothed, or probabilities).
 library.define(
-    f"cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, {_OPTIONS}, {_KEPT})"
-    " -> Tensor grad_logits"
+    "cross_entropy_scale_(Tensor(a!) grad_logits, Tensor factor, Tensor target, SymInt ignore_index,"
+    " bool smoothed) -> ()"
 )
-library.define(
-    "cross_entropy_backward_target(Tensor grad_loss, Tensor logits, Tensor target,"
-    f" {_OPTIONS}, {_KEPT}) -> Tensor grad_target"
-)
-# In place, by a factor that stays on the device: one, where 1 costs nothing noticeable, or (on CPU) one
-# for each row.
-library.define("cross_entropy_scale_(Tensor(a!) grad_logits, Tensor factor) -> ()")
 # What backward makes of a saved gradient (loss.py), for compilers: opaque, as torch's takes the buffers
 # of a graph that is kept for its own and writes over them in place of a product.
 library.define(
@@ -81,8 +75,6 @@ library.define(
 OPS = (
     "cross_entropy_forward",
     "cross_entropy_forward_backward",
-    "cross_entropy_backward",
-    "cross_entropy_backward_target",
     "cross_entropy_scale_",
 )
 for _name in OPS:
@@ -302,44 +294,27 @@ def simd_level() -> str | None:
     return level().decode()
 
 
-def _accumulate_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _row_shape(logits: Tensor) -> torch.Size:
-    return logits.shape[:0] if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
+def _empty_loss(logits: Tensor, reduction: int, loss_dtype: torch.dtype) -> Tensor:
+    rows = logits.shape[:0] if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
+    return logits.new_empty(rows if reduction == 0 else (), dtype=loss_dtype)
 
 
 @torch.library.register_fake("fastopt::cross_entropy_forward", lib=library)
 def _(logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype):
-    accumulate = _accumulate_dtype(logits)
-    rows = _row_shape(logits)
-    loss = logits.new_empty(rows if reduction == 0 else (), dtype=loss_dtype)
-    row_max = logits.new_empty(rows, dtype=accumulate)
-    return loss, row_max, torch.empty_like(row_max), logits.new_empty((), dtype=accumulate)
+    return _empty_loss(logits, reduction, loss_dtype)
 
 
 @torch.library.register_fake("fastopt::cross_entropy_forward_backward", lib=library)
 def _(
     logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype, largest_mass=None
 ):
-    loss = logits.new_empty(_row_shape(logits) if reduction == 0 else (), dtype=loss_dtype)
+    loss = _empty_loss(logits, reduction, loss_dtype)
     unit = logits.new_empty((), dtype=torch.float32)
     return loss, reference.empty_gradient(logits), unit
 
 
-@torch.library.register_fake("fastopt::cross_entropy_backward", lib=library)
-def _(grad_loss, logits, target, *options_and_kept):
-    return reference.empty_gradient(logits)
-
-
-@torch.library.register_fake("fastopt::cross_entropy_backward_target", lib=library)
-def _(grad_loss, logits, target, *options_and_kept):
-    return reference.empty_gradient(target)
-
-
 @torch.library.register_fake("fastopt::cross_entropy_scale_", lib=library)
-def _(grad_logits, factor):
+def _(grad_logits, *others):
     return None
 
 
@@ -350,7 +325,5 @@ def _(grad_logits, grad_loss, *others):
 
 cross_entropy_forward = torch.ops.fastopt.cross_entropy_forward.default
 cross_entropy_forward_backward = torch.ops.fastopt.cross_entropy_forward_backward.default
-cross_entropy_backward = torch.ops.fastopt.cross_entropy_backward.default
-cross_entropy_backward_target = torch.ops.fastopt.cross_entropy_backward_target.default
 cross_entropy_scale_ = torch.ops.fastopt.cross_entropy_scale_.default
 cross_entropy_times = torch.ops.fastopt.cross_entropy_times.default

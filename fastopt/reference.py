@@ -16,8 +16,7 @@ from torch import Tensor
 class _Problem(NamedTuple):
     x: Tensor  # logits in the accumulation type
     q: Tensor  # target mass, shaped like logits
-    weight: Tensor  # class weights, broadcast against logits
-    counted: Tensor  # bool, broadcast against logits: this class takes part in sum_c q_c (x_c - m)
+    counted: Tensor  # bool, broadcast against logits: this class has mass
     live: Tensor  # bool, broadcast against logits: the row is not ignored
     total_weight: Tensor  # 0-dim: what the mean divides by
     dim: int  # of the classes
@@ -33,7 +32,7 @@ def _problem(
     dim = min(logits.dim() - 1, 1)
     classes = logits.shape[dim]
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    smoothing = max(label_smoothing, 0.0)
+    smoothing = label_smoothing if label_smoothing > 0 else 0.0  # as torch: NaN is off
     uniform = smoothing / max(classes, 1)
     w = x.new_ones(classes) if weight is None else weight
     w = w.reshape([-1 if i == dim else 1 for i in range(x.dim())])
@@ -41,7 +40,7 @@ def _problem(
     if target.is_floating_point():
         q = w * ((1 - smoothing) * target.to(x.dtype) + uniform)
         rows = x.new_full((), x.numel() / max(classes, 1))
-        return _Problem(x, q, w, everything, everything, rows, dim)
+        return _Problem(x, q, everything, everything, rows, dim)
     if x.device.type == "cpu":  # elsewhere scatter_ would assert; no values are read on the host
         wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
         if wrong.numel():
@@ -52,7 +51,7 @@ def _problem(
     counted = live if smoothing > 0 else one_hot > 0
     # An infinite weight of a class without mass is no 0 * inf.
     q = torch.where(counted, w * ((1 - smoothing) * one_hot + uniform), 0)
-    return _Problem(x, q, w, counted, live, torch.where(one_hot > 0, w, 0).sum(), dim)
+    return _Problem(x, q, counted, live, torch.where(one_hot > 0, w, 0).sum(), dim)
 
 
 def cross_entropy_forward(
@@ -63,57 +62,20 @@ def cross_entropy_forward(
     label_smoothing: float,
     reduction: int,
     loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tensor:
     p = _problem(logits, target, weight, ignore_index, label_smoothing)
     row_max = p.x.amax(p.dim, keepdim=True)
     shifted = p.x - row_max
     row_sum = shifted.exp().sum(p.dim, keepdim=True)
-    dot = torch.where(p.counted, p.q * shifted, 0).sum(p.dim, keepdim=True)
-    loss = p.q.sum(p.dim, keepdim=True) * row_sum.log() - dot
+    # Class by class: infinite masses, or such as are too large to add up, make no inf - inf.
+    terms = p.q * (row_sum.log() - shifted)
+    loss = torch.where(p.counted, terms, 0).sum(p.dim, keepdim=True)
     loss = torch.where(p.live, loss, 0).squeeze(p.dim)
     if reduction != 0:
         loss = loss.sum(dtype=torch.float64)
     if reduction == 1:
         loss = loss / _divisor(p.total_weight, label_smoothing)
-    return loss.to(loss_dtype), row_max.squeeze(p.dim), row_sum.squeeze(p.dim), p.total_weight
-
-
-def cross_entropy_backward(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    row_max: Tensor,
-    row_sum: Tensor,
-    total_weight: Tensor,
-) -> Tensor:
-    p = _problem(logits, target, weight, ignore_index, label_smoothing)
-    softmax = (p.x - row_max.unsqueeze(p.dim)).exp() / row_sum.unsqueeze(p.dim)
-    grad = p.q.sum(p.dim, keepdim=True) * softmax - p.q
-    grad = _upstream(grad_loss, reduction, _divisor(total_weight, label_smoothing), p) * grad
-    return empty_gradient(logits).copy_(torch.where(p.live, grad, 0))
-
-
-def cross_entropy_backward_target(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    row_max: Tensor,
-    row_sum: Tensor,
-    total_weight: Tensor,
-) -> Tensor:
-    p = _problem(logits, target, weight, ignore_index, label_smoothing)
-    log_softmax = (p.x - row_max.unsqueeze(p.dim)) - row_sum.log().unsqueeze(p.dim)
-    scale = _upstream(grad_loss, reduction, _divisor(total_weight, label_smoothing), p)
-    scale = scale * (1 - max(label_smoothing, 0.0))
-    return empty_gradient(target).copy_(-scale * p.weight * log_softmax)
+    return loss.to(loss_dtype)
 
 
 def cross_entropy_forward_backward(
@@ -127,9 +89,8 @@ def cross_entropy_forward_backward(
     largest_mass: Tensor | None = None,  # 0-dim
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = _problem(logits, target, weight, ignore_index, label_smoothing)
-    options = (weight, ignore_index, label_smoothing)
-    loss, row_max, row_sum, _ = cross_entropy_forward(
-        logits, target, *options, reduction, loss_dtype
+    loss = cross_entropy_forward(
+        logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
     )
     upstream = p.x.new_ones(())
     if reduction == 1:
@@ -137,10 +98,10 @@ def cross_entropy_forward_backward(
     unit = p.x.new_ones((), dtype=torch.float32)
     if logits.dtype == torch.float16:
         scale = half_gradient_scale(unit if largest_mass is None else largest_mass)
-        unit = unit_of(upstream, scale)
-        upstream = torch.where(upstream.isfinite(), scale, upstream)
-    softmax = (p.x - row_max.unsqueeze(p.dim)).exp() / row_sum.unsqueeze(p.dim)
-    grad = upstream * (p.q.sum(p.dim, keepdim=True) * softmax - p.q)
+        waits = upstream.isfinite()  # else the mean divides by nothing: the gradient is inf or NaN
+        unit = torch.where(waits, upstream / scale, 1.0).to(torch.float32)
+        upstream = torch.where(waits, scale, upstream)
+    grad = upstream * (p.q.sum(p.dim, keepdim=True) * p.x.softmax(p.dim) - p.q)
     return loss, empty_gradient(logits).copy_(torch.where(p.live, grad, 0)), unit
 
 
@@ -151,28 +112,41 @@ def half_gradient_scale(largest: Tensor) -> Tensor:
     return torch.where((largest > 0) & largest.isfinite(), scale, 1.0)
 
 
-def unit_of(upstream: Tensor, scale: Tensor) -> Tensor:
-    """What a gradient of float16 logits is held in multiples of; where the mean divides by nothing,
-    the gradient is inf or NaN itself."""
-    return torch.where(upstream.isfinite(), upstream / scale, 1.0).to(torch.float32)
-
-
-def cross_entropy_scale_(grad_logits: Tensor, factor: Tensor) -> None:
-    factor = factor if factor.numel() == 1 else factor.unsqueeze(min(grad_logits.dim() - 1, 1))
+def cross_entropy_scale_(
+    grad_logits: Tensor,
+    factor: Tensor,  # 0-dim, or one for each row
+    target: Tensor,
+    ignore_index: int,
+    smoothed: bool,
+) -> None:
+    dim = min(grad_logits.dim() - 1, 1)
+    odd = factor - factor  # 0, or NaN
+    labels = not target.is_floating_point()
+    hard = labels and not smoothed
+    if not hard:
+        factor = factor + odd
+    if labels:
+        ignored = target == ignore_index
+        factor = torch.where(ignored, 0, factor)
+        odd = torch.where(ignored, 0, odd)
+    if factor.dim():
+        factor = factor.unsqueeze(dim)
     torch.mul(grad_logits, factor, out=grad_logits)
+    if hard:
+        label = labels_in_range(target, ignored, grad_logits.shape[dim]).unsqueeze(dim)
+        grad_logits.scatter_add_(dim, label, odd.unsqueeze(dim).to(grad_logits.dtype))
+
+
+def labels_in_range(target: Tensor, ignored: Tensor, classes: int) -> Tensor:
+    """Class indices that may serve as addresses: another class's in the place of those that may not,
+    whose rows are ignored, or NaN already (on GPUs, where a label out of range is no error)."""
+    return torch.where(ignored, 0, target).clamp(0, classes - 1)
 
 
 def _divisor(total_weight: Tensor, label_smoothing: float) -> Tensor:
     """What the mean divides by: weights that add up to 0 make label smoothing's part NaN."""
     nothing = (total_weight == 0) & (label_smoothing > 0)
     return torch.where(nothing, torch.nan, total_weight)
-
-
-def _upstream(grad_loss: Tensor, reduction: int, divisor: Tensor, p: _Problem) -> Tensor:
-    grad_loss = grad_loss.to(p.x.dtype)
-    if reduction == 0:
-        return grad_loss.unsqueeze(p.dim)
-    return grad_loss / divisor if reduction == 1 else grad_loss
 
 
 def empty_gradient(like: Tensor) -> Tensor:

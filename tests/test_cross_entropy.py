@@ -248,14 +248,60 @@ def test_an_infinite_weight_of_a_class_without_rows(dtype: torch.dtype) -> None:
         assert second.isfinite().all()
 
 
+@each_reduction
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_infinite_masses(smoothing: float, reduction: str) -> None:
+    """An infinite weight or probability of the likeliest class, of another, of each in its row."""
+    for shape in [(33, 7), (40, 7, 3), (5, 300), (2, 40000)]:
+        logits = make_logits(shape) / 4  # confident, log(p) would be 0 in float32
+        likeliest = logits.argmax(1)
+        weight = torch.linspace(0.5, 2, shape[1])
+        weight[likeliest.view(-1)[0]] = math.inf
+        keywords = {"reduction": reduction, "label_smoothing": smoothing}
+        for target in (likeliest, (likeliest + 1) % shape[1]):
+            check(logits, target, weight=weight, **keywords)
+            probabilities = make_probabilities(logits)
+            check(logits, probabilities.scatter(1, target.unsqueeze(1), math.inf), **keywords)
+        check(logits, make_probabilities(logits), weight=weight, **keywords)
+
+
+def test_masses_too_large_to_add_up() -> None:
+    """Their products with log-probabilities are not: the loss is a number, as torch's."""
+    for shape in [(33, 7), (40, 7, 3), (5, 300), (2, 40000)]:
+        logits = torch.full(shape, -200.0)
+        logits[:, :2] = 0
+        masses = torch.zeros(shape)
+        masses[:, :2] = 2e38
+        for loss_function in (F.cross_entropy, fastopt.cross_entropy):
+            loss = loss_function(logits, masses, reduction="none")
+            torch.testing.assert_close(loss, torch.full_like(loss, 4e38 * math.log(2)))
+
+
+@pytest.mark.parametrize("classes", [1000, 20_000, 50_000])
+def test_long_sums_of_strided_classes(classes: int) -> None:
+    """Thousands of terms a row: rounding each sum in turn would take five digits of float32."""
+    logits = make_logits((2, classes, 8))
+    target = make_target(logits)
+    probabilities = F.one_hot(target, classes).float().transpose(1, 2).contiguous()
+    for keywords in ({}, {"label_smoothing": 0.1}):
+        for masses in (target, probabilities):
+            arguments = {"reduction": "none", **keywords}
+            exact = F.cross_entropy(
+                logits.double(),
+                masses.to(masses.dtype if masses is target else torch.float64),
+                **arguments,
+            )
+            ours = fastopt.cross_entropy(logits, masses, **arguments)
+            error = ((ours.double() - exact) / exact).abs().max()
+            assert error < 1e-6, (error, keywords)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("upstream", [math.inf, -math.inf, math.nan, 0.0])
 def test_upstream_gradients_that_are_no_numbers(upstream: float, reduction: str) -> None:
     """0 in ignored rows; inf - inf where a row has mass, in one class or in all. As torch, bit by bit of
     what is no number."""
     logits = make_logits((33, 10))
-    if logits.is_cuda and reduction != "none":
-        pytest.skip("the kernels that scale on GPUs multiply every element alike")
     labels = make_target(logits).masked_fill(torch.arange(33) % 3 == 0, -100)
     for target in (labels, make_probabilities(logits)):
         for smoothing in (0.0, 0.1):

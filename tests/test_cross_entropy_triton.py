@@ -8,6 +8,7 @@ other classes here.
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import os
 import re
@@ -105,12 +106,7 @@ class TestInterpreted:
     @pytest.fixture(autouse=True)
     def _triton_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Under the face as on a GPU, where they are registered for the dispatcher."""
-        for name in (
-            "cross_entropy_forward",
-            "cross_entropy_forward_backward",
-            "cross_entropy_backward",
-            "cross_entropy_backward_target",
-        ):
+        for name in ("cross_entropy_forward", "cross_entropy_forward_backward"):
             monkeypatch.setattr(fastopt.ops, name, getattr(kernels, name))
 
     @each_dtype
@@ -195,15 +191,12 @@ class TestInterpreted:
 
         def run(logits: Tensor, target: Tensor) -> list[Tensor]:
             arguments = (logits, target, make_weight(shape[1], logits.dtype), -100, 0.1)
-            loss, *kept = kernels.cross_entropy_forward(*arguments, NONE, logits.dtype)
-            upstream = random_upstream(loss)
-            results = [loss, kernels.cross_entropy_backward(upstream, *arguments, NONE, *kept)]
-            if target.is_floating_point():
-                results.append(
-                    kernels.cross_entropy_backward_target(upstream, *arguments, NONE, *kept)
+            results = [kernels.cross_entropy_forward(*arguments, NONE, logits.dtype)]
+            for reduction in (NONE, MEAN):
+                results += kernels.cross_entropy_forward_backward(
+                    *arguments, reduction, logits.dtype
                 )
-            both = kernels.cross_entropy_forward_backward(*arguments, MEAN, logits.dtype)
-            return [*results, *both]
+            return results
 
         expected = [run(near, target) for target in (labels, masses)]
         monkeypatch.setattr(
@@ -267,6 +260,18 @@ class TestInterpreted:
                 check(logits, target, weight=weight, **keywords)
                 check(logits, probabilities, weight=weight, **keywords)
             check(logits[:, :, ::2] if logits.dim() == 3 else logits[::2], target[..., ::2])
+
+    def test_infinite_masses(self) -> None:
+        """An infinite weight or probability of the likeliest class, of an early or a late block."""
+        for shape in [(9, 7), (2, 7, 5), (2, 50257)]:
+            logits = make_logits(shape) / 4  # confident, log(p) would be 0 in float32
+            likeliest = logits.argmax(1)
+            weight = torch.linspace(0.5, 2, shape[1])
+            weight[likeliest.view(-1)[0]] = math.inf
+            masses = make_probabilities(logits).scatter(1, likeliest.unsqueeze(1), math.inf)
+            for smoothing in (0.0, 0.1):
+                check(logits, likeliest, weight=weight, label_smoothing=smoothing)
+                check(logits, masses, label_smoothing=smoothing)
 
     def test_minus_infinity_fills_whole_blocks_of_a_long_row(self) -> None:
         logits = make_logits((2, 50257))
@@ -338,17 +343,12 @@ class TestInterpreted:
                 target.view(-1)[3] = wrong
                 options = (weight, -100, smoothing)
                 forward = (*options, NONE, dtype)
-                loss, *kept = kernels.cross_entropy_forward(logits, target, *forward)
-                expected, *expected_kept = kernels.cross_entropy_forward(logits, right, *forward)
+                run = kernels.cross_entropy_forward_backward
+                loss, grad, _ = run(logits, target, *forward)
+                expected_loss, expected, _ = run(logits, right, *forward)
                 bad = (target != right).view_as(loss)
                 assert loss[bad].isnan().all()
-                assert_same_bits(loss[~bad], expected[~bad])
-                upstream = torch.ones_like(loss)
-                backward = (*options, NONE)
-                grad = kernels.cross_entropy_backward(upstream, logits, target, *backward, *kept)
-                expected = kernels.cross_entropy_backward(
-                    upstream, logits, right, *backward, *expected_kept
-                )
+                assert_same_bits(loss[~bad], expected_loss[~bad])
                 bad = bad.unsqueeze(1).expand_as(grad)
                 assert grad[bad].isnan().all()
                 assert_same_bits(grad[~bad], expected[~bad])
@@ -393,14 +393,9 @@ class TestInterpreted:
             for labels in (target, make_probabilities(logits)):
                 arguments = (logits, labels, None, -100, 0.1)
                 for reduction in (NONE, MEAN):
-                    loss, *kept = kernels.cross_entropy_forward(*arguments, reduction, dtype)
-                    upstream = torch.ones_like(loss)
-                    kernels.cross_entropy_backward(upstream, *arguments, reduction, *kept)
-                    if labels is not target:
-                        kernels.cross_entropy_backward_target(
-                            upstream, *arguments, reduction, *kept
-                        )
-                kernels.cross_entropy_forward_backward(*arguments, SUM, dtype)
+                    kernels.cross_entropy_forward(*arguments, reduction, dtype)
+                for reduction in (NONE, SUM):
+                    kernels.cross_entropy_forward_backward(*arguments, reduction, dtype)
             for buffer, output in guarded:
                 assert output.isfinite().all(), shape
                 assert int(buffer.isnan().sum()) == 64, shape
@@ -432,25 +427,36 @@ class TestInterpreted:
                 if layout is cases.transposed and len(shape) == 1:
                     continue
                 grad = layout(make_logits(shape, dtype)).clone(memory_format=torch.preserve_format)
-                before = grad.clone()
-                grad_loss = torch.tensor(factor, dtype=dtype)
-                kernels.cross_entropy_scale_(grad, grad_loss)
-                assert_as_accurate(grad, before * grad_loss, before.double() * factor)
+                labels, _ = OPTIONS["ignored"].apply(grad, make_target(grad))
+                dim = cases.class_dim(grad)
+                grad.masked_fill_((labels == -100).unsqueeze(dim), 0)
+                targets = [(labels, False), (labels, True), (make_probabilities(grad), False)]
+                for target, smoothed in targets:
+                    arguments = (torch.tensor(factor, dtype=dtype), target, -100, smoothed)
+                    ours, expected, exactly = grad.clone(), grad.clone(), grad.double()
+                    kernels.cross_entropy_scale_(ours, *arguments)
+                    reference.cross_entropy_scale_(expected, *arguments)
+                    reference.cross_entropy_scale_(exactly, *arguments)
+                    assert_as_accurate(ours, expected, exactly)
 
     def test_scaling_by_one_touches_no_memory(self) -> None:
         pages = mmap.mmap(-1, 4 * 100_000, prot=mmap.PROT_READ)  # a store would end the process
         with warnings.catch_warnings(action="ignore"):
-            grad = torch.frombuffer(pages, dtype=torch.float32)
-        kernels.cross_entropy_scale_(grad, torch.ones(()))
+            grad = torch.frombuffer(pages, dtype=torch.float32).view(100, 1000)
+        target = torch.zeros(100, dtype=torch.int64)
+        kernels.cross_entropy_scale_(grad, torch.ones(()), target, -100, False)
         assert grad.count_nonzero() == 0
 
     def test_scaling_in_several_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, "_SCALE_BLOCK", 64)
         monkeypatch.setattr(kernels, "_SCALE_PROGRAMS", 3)
-        grad = torch.randn(1003)
+        grad, target = torch.randn(17, 59), torch.arange(17)
         expected = grad * 2
-        kernels.cross_entropy_scale_(grad, torch.tensor(2.0))
+        kernels.cross_entropy_scale_(grad, torch.tensor(2.0), target, -100, False)
         assert_same_bits(grad, expected)
+        kernels.cross_entropy_scale_(grad, torch.tensor(math.inf), target, 3, False)
+        reference.cross_entropy_scale_(expected, torch.tensor(math.inf), target, 3, False)
+        torch.testing.assert_close(grad, expected, rtol=0, atol=0, equal_nan=True)
 
 
 class TestInTheInterpreter:
@@ -490,17 +496,6 @@ def arguments_of(logits: Tensor, target: Tensor, **changed: object) -> dict[str,
     return {**shared, **changed}
 
 
-def kept_of(logits: Tensor) -> dict[str, Tensor]:
-    rows = reference_rows(logits)
-    accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    make = {"dtype": accumulate, "device": logits.device}
-    return {
-        "row_max": torch.zeros(rows, **make),
-        "row_sum": torch.ones(rows, **make),
-        "total_weight": torch.ones((), **make),
-    }
-
-
 def reference_rows(logits: Tensor) -> torch.Size:
     return logits.shape[:0] if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
 
@@ -522,67 +517,36 @@ NONSENSE = {
 }
 
 
-BACKWARD_NONSENSE = {
-    "row_max of another shape": {"row_max": torch.zeros(5)},
-    "row_max of another type": {"row_max": torch.zeros(4, dtype=torch.float64)},
-    "row_sum elsewhere": {"row_sum": torch.zeros(4, device="meta")},
-    "two total weights": {"total_weight": torch.ones(2)},
-    "grad_loss of another shape": {"grad_loss": torch.ones(4)},
-    "grad_loss of another type": {"grad_loss": torch.ones((), dtype=torch.int64)},
-    "grad_loss elsewhere": {"grad_loss": torch.ones((), device="meta")},
-    "grad_loss of the mean for none": {"reduction": NONE},
-}
-
-
 class TestLaunchers:
     __test__ = not INTERPRETED
 
     @pytest.mark.parametrize("changed", NONSENSE.values(), ids=NONSENSE)
     def test_nonsense_is_refused_before_a_launch(self, changed: dict[str, object]) -> None:
         arguments = arguments_of(LOGITS, TARGET) | changed
-        kept = {"grad_loss": torch.ones(()), **kept_of(LOGITS)}
-        with recorded(kernels) as launches:
-            for launcher, more in [
-                (kernels.cross_entropy_forward, {"loss_dtype": torch.float32}),
-                (kernels.cross_entropy_forward_backward, {"loss_dtype": torch.float32}),
-                (kernels.cross_entropy_backward, kept),
-                (kernels.cross_entropy_backward_target, kept),
-            ]:
-                with pytest.raises(RuntimeError, match="fastopt::cross_entropy: "):
-                    launcher(**arguments, **more)
-        assert not launches
-
-    @pytest.mark.parametrize("changed", BACKWARD_NONSENSE.values(), ids=BACKWARD_NONSENSE)
-    def test_nonsense_in_backward_is_refused(self, changed: dict[str, object]) -> None:
-        arguments = arguments_of(LOGITS, torch.ones(4, 10))
-        arguments |= {"grad_loss": torch.ones(()), **kept_of(LOGITS)} | changed
         with recorded(kernels) as launches:
             for launcher in (
-                kernels.cross_entropy_backward,
-                kernels.cross_entropy_backward_target,
+                kernels.cross_entropy_forward,
+                kernels.cross_entropy_forward_backward,
             ):
                 with pytest.raises(RuntimeError, match="fastopt::cross_entropy: "):
-                    launcher(**arguments)
+                    launcher(**arguments, loss_dtype=torch.float32)
         assert not launches
 
     def test_other_refusals(self) -> None:
         arguments = arguments_of(LOGITS, TARGET)
-        with pytest.raises(RuntimeError, match="probabilities have a gradient"):
-            kernels.cross_entropy_backward_target(
-                **arguments, grad_loss=torch.ones(()), **kept_of(LOGITS)
-            )
         with pytest.raises(RuntimeError, match="the loss must be"):
             kernels.cross_entropy_forward(**arguments, loss_dtype=torch.int64)
         scalar = torch.ones(())
-        for grad, grad_loss in [
-            (torch.ones(4, 10)[:, ::2], scalar),
-            (torch.ones(1).expand(4), scalar),
-            (torch.ones(4, dtype=torch.int64), scalar),
-            (torch.ones(4), torch.ones(2)),
-            (torch.ones(4), scalar.to("meta")),
+        for grad, factor, target in [
+            (torch.ones(4, 10)[:, ::2], scalar, TARGET),
+            (torch.ones(1).expand(4, 10), scalar, TARGET),
+            (torch.ones(4, 10, dtype=torch.int64), scalar, TARGET),
+            (torch.ones(4, 10), torch.ones(2), TARGET),
+            (torch.ones(4, 10), scalar.to("meta"), TARGET),
+            (torch.ones(4, 10), scalar, TARGET[:3]),
         ]:
             with pytest.raises(RuntimeError, match="fastopt::cross_entropy: "):
-                kernels.cross_entropy_scale_(grad, grad_loss)
+                kernels.cross_entropy_scale_(grad, factor, target, -100, False)
 
     @each_reduction
     @pytest.mark.parametrize("shape", [(0, 5), (2, 5, 0), (0, 5, 2)], ids=dtype_name)
@@ -591,12 +555,10 @@ class TestLaunchers:
         logits = make_logits(shape)
         arguments = arguments_of(logits, make_target(logits), reduction=number)
         with recorded(kernels) as launches:
-            loss, *_ = kernels.cross_entropy_forward(**arguments, loss_dtype=torch.float32)
-            upstream = torch.ones_like(loss)
-            grad = kernels.cross_entropy_backward(
-                **arguments, grad_loss=upstream, **kept_of(logits)
-            )
-            kernels.cross_entropy_scale_(grad, torch.tensor(2.0))
+            arguments["loss_dtype"] = torch.float32
+            loss = kernels.cross_entropy_forward(**arguments)
+            _, grad, _ = kernels.cross_entropy_forward_backward(**arguments)
+            kernels.cross_entropy_scale_(grad, torch.tensor(2.0), make_target(logits), -100, False)
         assert not launches
         stock = F.cross_entropy(logits, make_target(logits), reduction=reduction)
         assert torch.equal(loss.isnan(), stock.isnan()) and grad.shape == shape
@@ -627,9 +589,9 @@ class TestPlan:
     @pytest.mark.parametrize("itemsize", [2, 4, 8])
     @pytest.mark.parametrize("class_axis", [0, 1])
     def test_configurations_are_legal(self, class_axis: int, itemsize: int) -> None:
-        for dense, recompute, edges in itertools.product((False, True), repeat=3):
+        for dense, edges in itertools.product((False, True), repeat=2):
             for classes in CLASS_COUNTS:
-                case = (classes, class_axis, itemsize, dense, recompute, edges)
+                case = (classes, class_axis, itemsize, dense, edges)
                 config = kernels._config(*case)
                 for size in (config.rows, config.block, config.warps):
                     assert size & (size - 1) == 0 < size, case
@@ -642,9 +604,7 @@ class TestPlan:
 
     def test_no_recompilation_per_class_count(self) -> None:
         found = {
-            kernels._config(classes, axis, 2, False, False)
-            for classes in CLASS_COUNTS
-            for axis in (0, 1)
+            kernels._config(classes, axis, 2, False) for classes in CLASS_COUNTS for axis in (0, 1)
         }
         assert len(found) <= 24
 
@@ -688,8 +648,8 @@ def launches_of(
     logits = torch.empty(shape, dtype=dtype, device="meta")
     rows = reference_rows(logits)
     target = logits if probabilities else torch.empty(rows, dtype=torch.int64, device="meta")
-    kept = kept_of(logits)
-    weight = torch.empty(shape[1], dtype=kept["row_max"].dtype, device="meta")
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.empty(shape[1], dtype=accumulate, device="meta")
     arguments = arguments_of(
         logits,
         target,
@@ -697,13 +657,8 @@ def launches_of(
         weight=weight if weighted else None,
         label_smoothing=label_smoothing,
     )
-    if op.startswith("backward"):
-        loss_shape = rows if reduction == NONE else ()
-        arguments |= {"grad_loss": torch.empty(loss_shape, dtype=dtype, device="meta"), **kept}
-    else:
-        arguments["loss_dtype"] = dtype
     with recorded(kernels) as launches:
-        getattr(kernels, f"cross_entropy_{op}")(**arguments)
+        getattr(kernels, f"cross_entropy_{op}")(**arguments, loss_dtype=dtype)
     return {launch.name: launch for launch in launches}
 
 
@@ -722,7 +677,6 @@ COMPILED: dict[str, tuple[dict[str, object], int]] = {
     "sweeps-float32": ({"shape": (8192, 151936), "dtype": FLOAT}, 1),
     "sweeps-of-the-loss": ({"shape": (8192, 128256), "dtype": HALF, "op": "forward"}, 1),
     "largest-block-float64": ({"shape": (64, 16384), "dtype": DOUBLE}, 1),
-    "recompute": ({"shape": (8192, 128256), "dtype": HALF, "op": "backward", "reduction": NONE}, 8),
     "smoothing-weight": (
         {"shape": (8192, 16384), "dtype": HALF, "weighted": True, "label_smoothing": 0.1},
         1,
@@ -739,8 +693,7 @@ SMALL_SHAPES = [(64, 1), (64, 10), (64, 32), (64, 257), (64, 5000), (2, 10, 64)]
 
 def main_launch(case: str) -> Launch:
     arguments, _ = COMPILED[case]
-    launches = launches_of(**arguments)
-    return launches.get("_forward_kernel") or launches["_backward_kernel"]
+    return launches_of(**arguments)["_forward_kernel"]
 
 
 class TestCompiled:
@@ -773,10 +726,8 @@ class TestCompiled:
         """Compiles at all. Versions of Triton fail at different combinations."""
         for options in (
             {"op": "forward", "reduction": NONE},
-            {"op": "backward", "reduction": NONE},
-            {"op": "backward", "weighted": True, "label_smoothing": 0.1},
-            {"op": "backward_target", "probabilities": True},
-            {"op": "forward_backward", "probabilities": True, "weighted": True},
+            {"weighted": True, "label_smoothing": 0.1},
+            {"probabilities": True, "weighted": True},
         ):
             for launch in launches_of(shape, dtype, **options).values():
                 assert launch.compile(SM90).kernel.asm["cubin"], launch.name
@@ -796,7 +747,9 @@ class TestCompiled:
         launches = launches_of((8192, 50257), FLOAT, weighted=True)
         with recorded(kernels) as scale:
             grad = torch.empty(8191, 50257, dtype=HALF, device="meta")
-            kernels.cross_entropy_scale_(grad, torch.empty((), device="meta"))
+            labels = torch.empty(8191, dtype=torch.int64, device="meta")
+            factor = torch.empty((), device="meta")
+            kernels.cross_entropy_scale_(grad, factor, labels, -100, False)
         for launch in (
             launches["_total_weight_kernel"],
             launches["_reduce_kernel"],
@@ -818,4 +771,3 @@ class TestCompiled:
         assert list(launches_of(shape, HALF, reduction=SUM)) == counted[1:]
         assert list(launches_of(shape, HALF, probabilities=True)) == counted[1:]
         assert list(launches_of(shape, HALF, "forward", NONE)) == counted[1:2]
-        assert list(launches_of(shape, HALF, "backward", NONE)) == ["_backward_kernel"]

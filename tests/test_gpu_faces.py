@@ -47,8 +47,9 @@ loss = fastopt.cross_entropy(logits, target, reduction="sum")
 (gradient,) = torch.autograd.grad(loss, logits)
 assert loss.isnan() and gradient.isnan().any(1).tolist() == [row == 3 for row in range(33)]
 
-scaled = torch.ones(5000)
-assert torch.ops.fastopt.cross_entropy_scale_(scaled, torch.tensor(0.25)) is None
+scaled, labels = torch.ones(500, 10), torch.zeros(500, dtype=torch.int64)
+scale = torch.ops.fastopt.cross_entropy_scale_
+assert scale(scaled, torch.tensor(0.25), labels, -100, False) is None
 assert scaled.eq(0.25).all()
 assert "fastopt.kernels.cross_entropy" in sys.modules
 print("all checked")

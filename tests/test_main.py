@@ -23,8 +23,6 @@ KERNELS = (
     "fastopt.SGD",
     "torch.ops.fastopt.cross_entropy_forward",
     "torch.ops.fastopt.cross_entropy_forward_backward",
-    "torch.ops.fastopt.cross_entropy_backward",
-    "torch.ops.fastopt.cross_entropy_backward_target",
 )
 LEVELS = ("baseline", "avx2", "avx512")
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastopt
-from accuracy import assert_as_accurate, assert_same_bits
+from accuracy import assert_as_accurate
 from cross_entropy_cases import (
     DTYPES,
     EVERYTHING,
@@ -40,7 +40,7 @@ from cross_entropy_cases import (
     offset,
     random_upstream,
 )
-from fastopt import loss, optim
+from fastopt import loss, optim, reference
 
 # A name and what raises where the result is wrong.
 Check = tuple[str, Callable[[], None]]
@@ -132,15 +132,18 @@ def scale_checks(device: str) -> Iterator[Check]:
     def scale(count: int, dtype: torch.dtype, factor: float, start: int) -> None:
         values = torch.linspace(-3, 3, count + 2, dtype=torch.float64).to(dtype)
         whole = values.to(device, copy=True)
-        part = whole[start : start + count]
-        fastopt.ops.cross_entropy_scale_(part, torch.tensor(factor, device=device))
         expected = values.clone()
-        expected[start : start + count] *= factor
-        assert_same_bits(whole.cpu(), expected)
+        part, same = (x[start : start + count].view(1, count) for x in (whole, expected))
+        label = torch.tensor([count // 2])
+        scale = torch.tensor(factor)
+        arguments = (scale.to(device), label.to(device), -100, False)
+        fastopt.ops.cross_entropy_scale_(part, *arguments)
+        reference.cross_entropy_scale_(same, scale, label, -100, False)
+        torch.testing.assert_close(whole.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
     for dtype in DTYPES:
         for count in (1, 7, 1000, 100_003):
-            for factor, start in ((1.0, 0), (0.5, 0), (0.375, 1)):
+            for factor, start in ((1.0, 0), (0.5, 0), (0.375, 1), (math.inf, 1)):
                 yield (
                     f"scale {count} {dtype} by {factor} from {start}",
                     lambda a=(count, dtype, factor, start): scale(*a),

@@ -232,11 +232,9 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     std::vector<double> stats(4 * tasks);
     p.partial_loss = partial.data();
     p.segment_stats = stats.data();
-    if (!p.recompute) {
-      parallel(tasks, 1, [&](int64_t begin, int64_t end) {
-        FASTOPT_DISPATCH(cross_entropy_segment_stats, p, begin, end);
-      });
-    }
+    parallel(tasks, 1, [&](int64_t begin, int64_t end) {
+      FASTOPT_DISPATCH(cross_entropy_segment_stats, p, begin, end);
+    });
     FASTOPT_DISPATCH(cross_entropy_merge_segments, p);
     if (p.grad != nullptr) {
       parallel(tasks, 1, [&](int64_t begin, int64_t end) {
@@ -259,7 +257,7 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     const int64_t tasks = p.positions >= p.tile_rows
                               ? p.batch * ((p.positions + p.tile_rows - 1) / p.tile_rows)
                               : (rows + p.tile_rows - 1) / p.tile_rows;
-    const int64_t row_arrays = 8 * size + static_cast<int64_t>(sizeof(int64_t));
+    const int64_t row_arrays = 10 * size + static_cast<int64_t>(sizeof(int64_t));
     const int64_t blocks = p.probabilities != nullptr ? 2 : 1;
     constexpr int64_t kVectorBytes = 64;  // between the classes of a block
     const int64_t scratch_bytes =
@@ -278,6 +276,16 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     double sum = 0;
     for (const double part : partial) sum += part;
     return sum;
+  }
+
+  // Runs; the loss as torch would return it.
+  Tensor loss(ScalarType type) {
+    element_of(type);
+    if (reduction != kNone) return scalar(reduced(run()), type);
+    Tensor of_rows = empty_rows();
+    p.row_loss = of_rows.mutable_data_ptr();
+    run();
+    return torch::stable::to(of_rows, type);
   }
 
   // Weights that add up to 0 divide by 0 as in torch, part by part: next to label smoothing's part
@@ -311,23 +319,11 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
 
 // ---- the ops ----
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(
-    Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
-    double label_smoothing, int64_t reduction, ScalarType loss_dtype) {
+Tensor cross_entropy_forward_cpu(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                 int64_t ignore_index, double label_smoothing, int64_t reduction,
+                                 ScalarType loss_dtype) {
   Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  element_of(loss_dtype);
-  Tensor row_max = call.empty_rows(), row_sum = call.empty_rows();
-  call.p.row_max = row_max.mutable_data_ptr();
-  call.p.row_sum = row_sum.mutable_data_ptr();
-  std::optional<Tensor> row_loss;
-  if (call.reduction == kNone) {
-    row_loss = call.empty_rows();
-    call.p.row_loss = row_loss->mutable_data_ptr();
-  }
-  const double loss_sum = call.run();
-  const Tensor loss = row_loss ? torch::stable::to(*row_loss, loss_dtype)
-                               : Call::scalar(call.reduced(loss_sum), loss_dtype);
-  return {loss, row_max, row_sum, Call::scalar(call.total_weight, call.accumulate)};
+  return call.loss(loss_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward_cpu(
@@ -335,15 +331,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward_cpu(
     double label_smoothing, int64_t reduction, ScalarType loss_dtype,
     std::optional<Tensor> largest_mass) {
   Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  element_of(loss_dtype);
   call.check_largest(largest_mass);
   Tensor grad_logits = empty_gradient(logits);
   call.want_gradient(grad_logits);
-  std::optional<Tensor> row_loss;
-  if (call.reduction == kNone) {
-    row_loss = call.empty_rows();
-    call.p.row_loss = row_loss->mutable_data_ptr();
-  }
   // With every row ignored the loss is NaN and the gradient 0, as in torch.
   double unit = call.reduced(1.0);
   call.p.upstream = unit;
@@ -354,82 +344,82 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward_cpu(
   } else {
     unit = 1.0;
   }
-  const double loss_sum = call.run();
-  const Tensor loss = row_loss ? torch::stable::to(*row_loss, loss_dtype)
-                               : Call::scalar(call.reduced(loss_sum), loss_dtype);
+  const Tensor loss = call.loss(loss_dtype);
   return {loss, grad_logits, Call::scalar(unit, ScalarType::Float)};
 }
 
-Tensor backward(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                int64_t ignore_index, double label_smoothing, int64_t reduction, Tensor row_max,
-                Tensor row_sum, Tensor total_weight, bool target_gradient) {
-  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  call.recompute_from(row_max, row_sum, total_weight, grad_loss);
-  check(!target_gradient || target.scalar_type() != ScalarType::Long,
-        "only probabilities have a gradient");
-  Tensor grad = empty_gradient(target_gradient ? target : logits);
-  call.want_gradient(grad);
-  call.p.target_gradient = target_gradient;
-  std::optional<Tensor> row_upstream;
-  if (call.reduction == kNone) {
-    row_upstream = as_contiguous(torch::stable::to(grad_loss, call.accumulate));
-    call.p.row_upstream = row_upstream->const_data_ptr();
-    call.p.upstream = 1.0;
-  } else {
-    call.p.upstream = call.reduced(scalar_value(grad_loss));
-  }
-  call.run();
-  return grad;
+// Some factor is inf or NaN. One for all rows, or one for each.
+template <class T>
+void scale_by_no_number(const CrossEntropyProblem& p, const void* factors, bool one,
+                        bool smoothed) {
+  using A = Acc<T>;
+  const int64_t rows = p.batch * p.positions;
+  parallel(rows, std::max<int64_t>(1, kTaskLogits / p.classes), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      T* const row = static_cast<T*>(p.grad) + r / p.positions * p.grad_strides.batch +
+                     r % p.positions * p.grad_strides.position;
+      const A factor = static_cast<const A*>(factors)[one ? 0 : r];
+      const bool ignored = p.labels != nullptr && p.labels[r] == p.ignore_index;
+      const bool all = p.labels == nullptr || smoothed;
+      for (int64_t c = 0; c < p.classes; ++c) {
+        T& grad = row[c * p.grad_strides.cls];
+        grad = from_acc<T>(times_upstream(to_acc(grad), factor, ignored, all || p.labels[r] == c));
+      }
+    }
+  });
 }
 
-Tensor cross_entropy_backward_cpu(Tensor grad_loss, Tensor logits, Tensor target,
-                                  std::optional<Tensor> weight, int64_t ignore_index,
-                                  double label_smoothing, int64_t reduction, Tensor row_max,
-                                  Tensor row_sum, Tensor total_weight) {
-  return backward(grad_loss, logits, target, weight, ignore_index, label_smoothing, reduction,
-                  row_max, row_sum, total_weight, /*target_gradient=*/false);
+template <class A>
+bool all_finite(const Tensor& factors) {
+  const A* const values = static_cast<const A*>(factors.const_data_ptr());
+  return std::all_of(values, values + factors.numel(), [](A x) { return std::isfinite(x); });
 }
 
-Tensor cross_entropy_backward_target_cpu(Tensor grad_loss, Tensor logits, Tensor target,
-                                         std::optional<Tensor> weight, int64_t ignore_index,
-                                         double label_smoothing, int64_t reduction, Tensor row_max,
-                                         Tensor row_sum, Tensor total_weight) {
-  return backward(grad_loss, logits, target, weight, ignore_index, label_smoothing, reduction,
-                  row_max, row_sum, total_weight, /*target_gradient=*/true);
-}
-
-void cross_entropy_scale_cpu(Tensor grad_logits, Tensor factor) {
-  check(grad_logits.is_cpu() && factor.is_cpu(), "every tensor must be on the CPU");
-  const int64_t count = grad_logits.numel();
-  if (count == 0) return;
-  check(grad_logits.dim() >= 1, "grad_logits must have a class dimension");
+void cross_entropy_scale_cpu(Tensor grad_logits, Tensor factor, Tensor target, int64_t ignore_index,
+                             bool smoothed) {
   check(is_dense(sizes_of(grad_logits),
                  std::vector<int64_t>(grad_logits.strides().begin(), grad_logits.strides().end())),
         "grad_logits must be dense, as the ops return it");
-  const std::optional<Strides> strides = view_strides(grad_logits);
-  check(strides.has_value(), "grad_logits must have a layout of the ops' own");
-  const ScalarType type = grad_logits.scalar_type();
-  factor = as_contiguous(torch::stable::to(factor, accumulate_type(type)));
-  const int64_t dim = grad_logits.dim(), classes = grad_logits.size(dim == 1 ? 0 : 1);
-  const int64_t batch = dim == 1 ? 1 : grad_logits.size(0), rows = count / classes;
+  check(grad_logits.dim() == 0 || view_strides(grad_logits),
+        "grad_logits must have a layout of the ops' own");
+  CrossEntropyCall<CrossEntropyProblem> call(grad_logits, target, std::nullopt, ignore_index, 0,
+                                             kSum);
+  call.check_place({&factor});
+  check(grad_logits.is_cpu(), "every tensor must be on the CPU");
+  const int64_t count = grad_logits.numel();
+  if (count == 0) return;
+  call.want_gradient(grad_logits);
+  const CrossEntropyProblem& p = call.p;
+  factor = as_contiguous(torch::stable::to(factor, call.accumulate));
   const bool one = factor.numel() == 1;
-  check(one || factor.numel() == rows, "factor must be one number, or one for each row");
-  const CrossEntropyScale p{
-      element_of(type), grad_logits.mutable_data_ptr(), *strides, batch, classes,
-      rows / batch,     factor.const_data_ptr(),        one};
-  const bool by_rows = strides->cls == 1;
-  const int64_t tasks = one ? count : by_rows ? rows : batch * classes;
-  const int64_t each = one ? 1 : by_rows ? classes : p.positions;
+  check(one || factor.numel() == call.rows, "factor must be one number, or one for each row");
+  const bool is_double = call.accumulate == ScalarType::Double;
+  if (!(is_double ? all_finite<double>(factor) : all_finite<float>(factor))) {
+    const void* const factors = factor.const_data_ptr();
+    switch (p.logits_type) {
+      case Element::float32:
+        return scale_by_no_number<float>(p, factors, one, smoothed);
+      case Element::float64:
+        return scale_by_no_number<double>(p, factors, one, smoothed);
+      case Element::bfloat16:
+        return scale_by_no_number<BFloat16>(p, factors, one, smoothed);
+      case Element::float16:
+        return scale_by_no_number<Half>(p, factors, one, smoothed);
+    }
+  }
+  const CrossEntropyScale scale{p.logits_type, p.grad,      p.grad_strides,          p.batch,
+                                p.classes,     p.positions, factor.const_data_ptr(), one};
+  const bool by_rows = p.grad_strides.cls == 1;
+  const int64_t tasks = one ? count : by_rows ? call.rows : p.batch * p.classes;
+  const int64_t each = one ? 1 : by_rows ? p.classes : p.positions;
   parallel(tasks, std::max<int64_t>(1, kTaskLogits / each), [&](int64_t begin, int64_t end) {
-    FASTOPT_DISPATCH(cross_entropy_scale, p, begin, end);
+    FASTOPT_DISPATCH(cross_entropy_scale, scale, begin, end);
   });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastopt, CPU, library) {
   library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward_cpu));
   library.impl("cross_entropy_forward_backward", TORCH_BOX(&cross_entropy_forward_backward_cpu));
-  library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward_cpu));
-  library.impl("cross_entropy_backward_target", TORCH_BOX(&cross_entropy_backward_target_cpu));
   library.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale_cpu));
 }
 

@@ -11,7 +11,7 @@ struct CrossEntropyParams : CrossEntropyProblem {
   const void* true_masses;       // (classes), (1 - e) w_c in the accumulation type; null: no weight
   const void* smoothing_masses;  // (classes), (e / C) w_c
   double* partial_loss;          // one per task: the sum of its rows' losses, in float64
-  double upstream;               // scalar upstream gradient times the reduction's factor
+  double upstream;               // what the gradient is multiplied by
 
   // How rows are cut into tasks (`plan` in cross_entropy.cpp).
   int64_t rows_per_task;            // rows

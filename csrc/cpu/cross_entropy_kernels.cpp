@@ -1,6 +1,5 @@
-// Softmax cross-entropy on CPU: loss, gradient with respect to logits, gradient with respect to
-// probability targets. Compiled once per SIMD level. Three ways through the same formula
-// (csrc/rules/softmax.h), chosen by cross_entropy.cpp from the layout:
+// Softmax cross-entropy on CPU: loss and gradient. Compiled once per SIMD level. Three ways through
+// the same formula (csrc/rules/softmax.h), chosen by cross_entropy.cpp from the layout:
 //
 //   rows      classes contiguous. One sweep for (max, sum, dot), one for the gradient; the row is
 //             still in L1 or L2 for the second, so memory sees one read and one write per logit.
@@ -64,22 +63,15 @@ struct CrossEntropy {
   const A* const true_masses = static_cast<const A*>(p.true_masses);
   const A* const smoothing_masses = static_cast<const A*>(p.smoothing_masses);
   A* const row_loss = static_cast<A*>(p.row_loss);
-  A* const row_max = static_cast<A*>(p.row_max);
-  A* const row_sum = static_cast<A*>(p.row_sum);
-  const A* const row_upstream = static_cast<const A*>(p.row_upstream);
   const A keep = static_cast<A>(p.keep);
   const A uniform = static_cast<A>(p.uniform);
   const A smoothing_mass = static_cast<A>(p.smoothing_mass);
+  const A up = static_cast<A>(p.upstream);
 
   explicit CrossEntropy(const CrossEntropyParams& params) : p(params) {}
 
   int64_t offset(const Strides& strides, int64_t row) const {
     return row / p.positions * strides.batch + row % p.positions * strides.position;
-  }
-
-  A upstream(int64_t row) const {
-    const A scale = static_cast<A>(p.upstream);
-    return row_upstream != nullptr ? scale * row_upstream[row] : scale;
   }
 
   // The label of a row, or -1 where it is ignored. The launcher has refused labels out of range;
@@ -97,7 +89,7 @@ struct CrossEntropy {
   }
 
   // up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
-  A true_gradient(A up, A softmax_mass, int64_t y) const {
+  A true_gradient(A softmax_mass, int64_t y) const {
     return up * (softmax_mass - total_mass(y)) + (up - up);
   }
 
@@ -170,25 +162,24 @@ struct CrossEntropy {
   // term(c, n) over the classes of a chunk, n at a time. Pairs of pairs of vectors: small terms
   // meet one another before they meet a sum that has grown past their last digits. As many
   // elements at every SIMD level: fewer lanes must not mean longer sums.
-  template <class Sum, class F>
-  static __attribute__((always_inline)) Sum sum_of(int64_t begin, int64_t end, const F& term) {
+  template <class F>
+  static __attribute__((always_inline)) Part sum_of(int64_t begin, int64_t end, const F& term) {
     constexpr int kCount = 256 / kVectorBytes;
-    Sum total{};
+    Part total{};
     int64_t c = begin;
-    for (; c + kCount * kL <= end; c += kCount * kL)
-      total = total + sum_of_pairs<kCount, Sum>(c, term);
+    for (; c + kCount * kL <= end; c += kCount * kL) total = total + sum_of_pairs<kCount>(c, term);
     for_each_vector(c, end, [&](int64_t i, int n) __attribute__((always_inline)) {
       total = total + term(i, n);
     });
     return total;
   }
-  template <int kCount, class Sum, class F>
-  static __attribute__((always_inline)) Sum sum_of_pairs(int64_t c, const F& term) {
+  template <int kCount, class F>
+  static __attribute__((always_inline)) Part sum_of_pairs(int64_t c, const F& term) {
     if constexpr (kCount == 1) {
       return term(c, kL);
     } else {
-      const Sum low = sum_of_pairs<kCount / 2, Sum>(c, term);
-      return low + sum_of_pairs<kCount / 2, Sum>(c + kCount / 2 * kL, term);
+      const Part low = sum_of_pairs<kCount / 2>(c, term);
+      return low + sum_of_pairs<kCount / 2>(c + kCount / 2 * kL, term);
     }
   }
 
@@ -210,7 +201,7 @@ struct CrossEntropy {
       }
       return part;
     };
-    const Part total = sum_of<Part>(begin, end, part_at);
+    const Part total = sum_of(begin, end, part_at);
     row->sum += static_cast<double>(horizontal_sum<A>(total.sum));
     if constexpr (kMass) {
       row->dot += static_cast<double>(horizontal_sum<A>(total.dot));
@@ -226,45 +217,32 @@ struct CrossEntropy {
     if (c < end) step(c, static_cast<int>(end - c));
   }
 
-  // sum_c q_c of probabilities, chunk by chunk as in the sweep.
-  double mass_sweep(const TT* t) const {
-    double total = 0;
-    for (int64_t c0 = 0; c0 < p.classes; c0 += kChunk) {
-      const int64_t c1 = c0 + kChunk < p.classes ? c0 + kChunk : p.classes;
-      const V mass = sum_of<V>(c0, c1, [&](int64_t c, int n) __attribute__((always_inline)) {
-        return lane_index<A>() < n ? mass_at(t, c, n) : V{};
-      });
-      total += static_cast<double>(horizontal_sum<A>(mass));
-    }
-    return total;
-  }
-
   // grad_c = up (factor exp(x_c - max) - q_c), factor = a / sum. The difference is taken before
   // the products with up and before rounding: softmax rounded to half precision first would leave
   // nothing of p_y - 1 on a confident row.
-  void gradient(T* grad, const Row& row, const Stats& stats, A up, int64_t begin, int64_t end,
+  void gradient(T* grad, const Row& row, const Stats& stats, int64_t begin, int64_t end,
                 const Cache& cache) const {
     const A row_maximum = static_cast<A>(stats.max);
     const A factor = static_cast<A>(softmax_factor(stats));
     if (cache.exps == nullptr) {
-      write_gradient<false>(grad, row, row_maximum, factor, up, begin, end, nullptr);
+      write_gradient<false>(grad, row, row_maximum, factor, begin, end, nullptr);
     } else {
       for (int64_t c0 = begin; c0 < end; c0 += kChunk) {
         const int64_t c1 = c0 + kChunk < end ? c0 + kChunk : end;
         const A base = cache.bases[(c0 - begin) / kChunk];
         const A scaled = base == row_maximum ? factor : factor * scalar_exp(base - row_maximum);
-        write_gradient<true>(grad, row, row_maximum, scaled, up, c0, c1, cache.exps);
+        write_gradient<true>(grad, row, row_maximum, scaled, c0, c1, cache.exps);
       }
     }
     if (kLabels && begin <= row.y && row.y < end) {
       const A e = scalar_exp(to_acc(row.x[row.y]) - row_maximum);
-      grad[row.y] = from_acc<T>(true_gradient(up, factor * e, row.y));
+      grad[row.y] = from_acc<T>(true_gradient(factor * e, row.y));
     }
   }
 
   template <bool kCached>
-  void write_gradient(T* grad, const Row& row, A row_maximum, A factor, A up, int64_t begin,
-                      int64_t end, const A* exps) const {
+  void write_gradient(T* grad, const Row& row, A row_maximum, A factor, int64_t begin, int64_t end,
+                      const A* exps) const {
     const A scaled = up * factor;
     for_each_vector(begin, end, [&](int64_t c, int n) __attribute__((always_inline)) {
       V e;
@@ -283,18 +261,6 @@ struct CrossEntropy {
     });
   }
 
-  // d loss / d t_c = up w_c (1 - e) (log(sum) - (x_c - max))
-  void gradient_of_target(TT* grad, const T* x, A row_maximum, A log_sum, A up, int64_t begin,
-                          int64_t end) const {
-    if constexpr (!kLabels) {
-      for_each_vector(begin, end, [&](int64_t c, int n) __attribute__((always_inline)) {
-        const V own = kWeight ? load_some(true_masses + c, n) : splat<A>(keep);
-        const V g = up * own * (log_sum - (load_some(x + c, n) - row_maximum));
-        store_some(grad + c, g, n);
-      });
-    }
-  }
-
   Row row_at(int64_t r) const {
     Row row{logits + offset(p.logits_strides, r), nullptr, 0};
     if constexpr (kLabels) {
@@ -305,7 +271,28 @@ struct CrossEntropy {
     return row;
   }
 
-  // From the sweep's result to the row's loss; keeps what a recomputing backward needs.
+  // sum_c q_c (log(sum) - (x_c - max)), a term for each class that has mass, as torch adds them up.
+  double loss_by_class(int64_t r, double max, double sum) const {
+    const T* const x = logits + offset(p.logits_strides, r);
+    const int64_t y = kLabels ? label(r) : -1;
+    const auto term = [&](int64_t c, A q) {
+      const double d = static_cast<double>(to_acc(x[c * p.logits_strides.cls])) - max;
+      return static_cast<double>(q) * (scalar_log(sum) - d);
+    };
+    double loss = 0;
+    if constexpr (kLabels) loss = term(y, true_mass(y));
+    for (int64_t c = 0; kMass && c < p.classes; ++c) {
+      A q = kWeight ? smoothing_masses[c] : uniform;
+      if constexpr (!kLabels) {
+        const TT* const t = probabilities + offset(p.target_strides, r);
+        q += (kWeight ? true_masses[c] : keep) * to_acc(t[c * p.target_strides.cls]);
+      }
+      loss += term(c, q);
+    }
+    return loss;
+  }
+
+  // From the sweep's result to the row's loss.
   Stats close_row(const Row& row, int64_t r, Stats stats, double* loss_sum) const {
     stats = finish(stats);
     if constexpr (kLabels) {
@@ -313,47 +300,27 @@ struct CrossEntropy {
       stats = row.y < 0 ? Stats{0, 1, 0, 0}
                         : add_true_class<double>(stats, to_acc(row.x[row.y]), true_mass(row.y));
     }
-    const double loss = kLabels && row.y < 0 ? 0.0 : fastopt::row_loss(stats);
+    double loss = kLabels && row.y < 0 ? 0.0 : fastopt::row_loss(stats);
+    if (is_doubtful(loss, stats.sum)) loss = loss_by_class(r, stats.max, stats.sum);
     if (row_loss != nullptr) row_loss[r] = static_cast<A>(loss);
-    if (row_max != nullptr) {
-      row_max[r] = static_cast<A>(stats.max);
-      row_sum[r] = static_cast<A>(stats.sum);
-    }
     *loss_sum += loss;
-    return stats;
-  }
-
-  // The statistics that the forward pass kept, completed by the target's mass.
-  Stats kept_stats(const Row& row, int64_t r) const {
-    Stats stats{row_max[r], row_sum[r], 0, 0};
-    if constexpr (!kLabels) {
-      stats.mass = mass_sweep(row.t);
-    } else if (row.y >= 0) {
-      stats.mass = p.smoothing_mass + true_mass(row.y);
-    }
     return stats;
   }
 
   void row_gradient(const Row& row, int64_t r, const Stats& stats, int64_t begin, int64_t end,
                     const Cache& cache) const {
-    const int64_t at = offset(p.grad_strides, r);
-    const A up = upstream(r);
-    if (p.target_gradient) {
-      if constexpr (!kLabels) {
-        gradient_of_target(static_cast<TT*>(p.grad) + at, row.x, static_cast<A>(stats.max),
-                           static_cast<A>(scalar_log(stats.sum)), up, begin, end);
-      }
-    } else if (kLabels && row.y < 0) {
-      memset(static_cast<T*>(p.grad) + at + begin, 0, sizeof(T) * (end - begin));
+    T* const grad = static_cast<T*>(p.grad) + offset(p.grad_strides, r);
+    if (kLabels && row.y < 0) {
+      memset(grad + begin, 0, sizeof(T) * (end - begin));
     } else {
-      gradient(static_cast<T*>(p.grad) + at, row, stats, up, begin, end, cache);
+      gradient(grad, row, stats, begin, end, cache);
     }
   }
 
   // The cache for one row: `memory` where it has room, else, in full precision, the row's own
   // gradient; half precision rows that long compute their exponentials twice.
   Cache cache_at(void* memory, int64_t r) const {
-    if (p.grad == nullptr || p.target_gradient || p.recompute) return {nullptr, nullptr};
+    if (p.grad == nullptr) return {nullptr, nullptr};
     A* const bases = static_cast<A*>(memory);
     if (p.caches_exps) return {bases + (p.classes + kChunk - 1) / kChunk, bases};
     if constexpr (sizeof(T) == sizeof(A)) {
@@ -371,17 +338,12 @@ struct CrossEntropy {
       for (int64_t r = first; r < last; ++r) {
         const Row row = row_at(r);
         const Cache cache = cache_at(memory, r);
-        Stats stats;
-        if (p.recompute) {
-          stats = kept_stats(row, r);
-        } else {
-          const bool ignored = kLabels && row.y < 0;
-          stats = ignored ? empty_stats<double>() : sweep(row.x, row.t, 0, p.classes, cache);
-          stats = close_row(row, r, stats, &loss_sum);
-        }
+        const bool ignored = kLabels && row.y < 0;
+        Stats stats = ignored ? empty_stats<double>() : sweep(row.x, row.t, 0, p.classes, cache);
+        stats = close_row(row, r, stats, &loss_sum);
         if (p.grad != nullptr) row_gradient(row, r, stats, 0, p.classes, cache);
       }
-      if (p.partial_loss != nullptr) p.partial_loss[task] = loss_sum;
+      p.partial_loss[task] = loss_sum;
     }
   }
 
@@ -405,15 +367,12 @@ struct CrossEntropy {
     for (int64_t r = 0; r < p.batch * p.positions; ++r) {
       const Row row = row_at(r);
       Stats stats = parts[r * p.segments];
-      if (p.recompute) {
-        stats = kept_stats(row, r);
-      } else if (!kLabels || row.y >= 0) {
+      if (!kLabels || row.y >= 0) {
         for (int64_t i = 1; i < p.segments; ++i) stats = merge(stats, parts[r * p.segments + i]);
       }
       double loss_sum = 0;
-      if (!p.recompute) stats = close_row(row, r, stats, &loss_sum);
-      if (p.partial_loss != nullptr) p.partial_loss[r] = loss_sum;
-      parts[r * p.segments] = stats;
+      parts[r * p.segments] = close_row(row, r, stats, &loss_sum);
+      p.partial_loss[r] = loss_sum;
     }
   }
 
@@ -434,9 +393,10 @@ struct CrossEntropy {
     int64_t width;  // from class to class: tile_rows and one vector, as a power of two would let
                     // the classes of a row evict one another from L1
     A *x, *q;       // (classes, width); lanes past `rows` hold harmless zeros
-    A *max, *sum, *dot, *mass, *up, *factor, *scratch;  // (tile_rows)
-    typename VecTraits<A>::Int* live;                   // (tile_rows) all ones; zero: ignored
-    int64_t* y;                                         // (tile_rows) -1: ignored
+    // (tile_rows); *_lost: what rounding took from a sum
+    A *max, *sum, *dot, *mass, *sum_lost, *dot_lost, *mass_lost, *factor, *scratch;
+    typename VecTraits<A>::Int* live;  // (tile_rows) all ones; zero: ignored
+    int64_t* y;                        // (tile_rows) -1: ignored
   };
 
   Tile tile_at(int64_t task, void* memory) const {
@@ -454,8 +414,9 @@ struct CrossEntropy {
     }
     tile.width = w + kL;
     A* at = static_cast<A*>(memory);
-    A** const row_arrays[] = {&tile.max, &tile.sum,    &tile.dot,    &tile.mass,
-                              &tile.up,  &tile.factor, &tile.scratch};
+    A** const row_arrays[] = {&tile.max,       &tile.sum,      &tile.dot,
+                              &tile.mass,      &tile.sum_lost, &tile.dot_lost,
+                              &tile.mass_lost, &tile.factor,   &tile.scratch};
     for (A** array : row_arrays) {
       *array = at;
       at += w;
@@ -611,8 +572,9 @@ struct CrossEntropy {
         const V base = now == -kInfinity ? V{} : now;
         const V scale = before == now ? V{} + 1 : exp_nonpositive(before - base);
         store(tile.sum + i, load(tile.sum + i) * scale);
+        store(tile.sum_lost + i, load(tile.sum_lost + i) * scale);
         const V mass = load(tile.mass + i);
-        store(tile.dot + i, load(tile.dot + i) + (mass == 0 ? V{} : mass * (old_base - base)));
+        add(tile.dot + i, tile.dot_lost + i, mass == 0 ? V{} : mass * (old_base - base));
       }
     }
     for_groups(c0, c1, [&](int64_t g0, int64_t g1) {
@@ -632,15 +594,24 @@ struct CrossEntropy {
             mass += q;
           }
         }
-        store(tile.sum + i, load(tile.sum + i) + sum);
-        store(tile.dot + i, load(tile.dot + i) + dot);
-        store(tile.mass + i, load(tile.mass + i) + mass);
+        add(tile.sum + i, tile.sum_lost + i, sum);
+        if constexpr (kMass) {
+          add(tile.dot + i, tile.dot_lost + i, dot);
+          add(tile.mass + i, tile.mass_lost + i, mass);
+        }
       }
     });
   }
 
-  // Classes in groups of 16: their sums stay in registers, and adding up group by group keeps the
-  // rounding error of long sums down.
+  // *total += v; of thousands of groups' sums, rounding would otherwise take five digits.
+  static void add(A* total, A* lost, V v) {
+    const V before = load(total), more = v - load(lost);
+    const V after = before + more;
+    store(lost, (after - before) - more);
+    store(total, after);
+  }
+
+  // Classes in groups of 16, whose sums stay in registers.
   template <class F>
   static void for_groups(int64_t c0, int64_t c1, const F& group) {
     for (int64_t g0 = c0; g0 < c1; g0 += 16) group(g0, g0 + 16 < c1 ? g0 + 16 : c1);
@@ -649,11 +620,11 @@ struct CrossEntropy {
   void tile_forward(const Tile& tile, double* loss_sum) const {
     const A kInfinity = static_cast<A>(__builtin_inff());
     const int64_t n = padded(tile);
+    A* const row_sums[] = {tile.sum,      tile.dot,      tile.mass,
+                           tile.sum_lost, tile.dot_lost, tile.mass_lost};
     for (int64_t i = 0; i < n; i += kL) {
       store(tile.max + i, splat<A>(-kInfinity));
-      store(tile.sum + i, V{});
-      store(tile.dot + i, V{});
-      store(tile.mass + i, V{});
+      for (A* sums : row_sums) store(sums + i, V{});
     }
     for (int64_t c0 = 0; c0 < p.classes; c0 += p.tile_classes) {
       const int64_t c1 = c0 + p.tile_classes < p.classes ? c0 + p.tile_classes : p.classes;
@@ -666,7 +637,8 @@ struct CrossEntropy {
         const int64_t y = tile.y[i];
         if (y < 0) continue;
         const A true_logit = to_acc(logits[rows(i) + y * p.logits_strides.cls]);
-        tile.dot[i] += true_mass(y) * (true_logit - tile.max[i]);
+        const A d = true_logit - tile.max[i];
+        if (d != 0) tile.dot[i] += true_mass(y) * d;  // an infinite weight's inf * 0 is no NaN
         tile.mass[i] = smoothing_mass + true_mass(y);
       }
     }
@@ -678,13 +650,20 @@ struct CrossEntropy {
       store(tile.sum + i, sum);
       store(tile.scratch + i, masked(loss, tile, i));
     }
-    for (int64_t i = 0; i < tile.rows; ++i) *loss_sum += static_cast<double>(tile.scratch[i]);
+    const auto add_up = [&] {
+      *loss_sum = 0;
+      for (int64_t i = 0; i < tile.rows; ++i) *loss_sum += static_cast<double>(tile.scratch[i]);
+    };
+    add_up();
+    if (is_doubtful(*loss_sum, 0.0)) {
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        if (!is_doubtful(tile.scratch[i], tile.sum[i])) continue;
+        tile.scratch[i] = static_cast<A>(loss_by_class(tile.first + i, tile.max[i], tile.sum[i]));
+      }
+      add_up();
+    }
     const size_t bytes = sizeof(A) * tile.rows;
     if (row_loss != nullptr) memcpy(row_loss + tile.first, tile.scratch, bytes);
-    if (row_max != nullptr) {
-      memcpy(row_max + tile.first, tile.max, bytes);
-      memcpy(row_sum + tile.first, tile.sum, bytes);
-    }
   }
 
   // Ignored rows become exactly 0, also where their logits are NaN.
@@ -695,33 +674,9 @@ struct CrossEntropy {
     return bit_cast<V>(bit_cast<IntVec<A>>(v) & live);
   }
 
-  // What the forward pass kept, completed by the target's mass.
-  void tile_recall(const Tile& tile) const {
-    const size_t bytes = sizeof(A) * tile.rows;
-    for (int64_t i = 0; i < padded(tile); ++i) tile.max[i] = tile.mass[i] = 0, tile.sum[i] = 1;
-    memcpy(tile.max, row_max + tile.first, bytes);
-    memcpy(tile.sum, row_sum + tile.first, bytes);
-    if constexpr (kLabels) {
-      for (int64_t i = 0; i < tile.rows; ++i)
-        tile.mass[i] = tile.y[i] < 0 ? A(0) : smoothing_mass + true_mass(tile.y[i]);
-    } else {
-      for (int64_t c0 = 0; c0 < p.classes; c0 += p.tile_classes) {
-        const int64_t c1 = c0 + p.tile_classes < p.classes ? c0 + p.tile_classes : p.classes;
-        pack(tile.q, tile, probabilities, p.target_strides, c0, c1);
-        for_groups(c0, c1, [&](int64_t g0, int64_t g1) {
-          for (int64_t i = 0; i < padded(tile); i += kL) {
-            V mass{};
-            for (int64_t c = g0; c < g1; ++c) mass += tile_mass(tile, c, c0, i);
-            store(tile.mass + i, load(tile.mass + i) + mass);
-          }
-        });
-      }
-    }
-  }
-
   void tile_gradient(const Tile& tile) const {
     const int64_t w = tile.width, n = padded(tile);
-    const bool exp_is_there = !p.recompute && p.tile_classes >= p.classes;
+    const bool exp_is_there = p.tile_classes >= p.classes;
     A* const true_exp = tile.scratch;
     for (int64_t i = 0; i < n; i += kL)
       store(tile.factor + i, load(tile.mass + i) / load(tile.sum + i));
@@ -743,38 +698,17 @@ struct CrossEntropy {
         for (int64_t i = 0; i < n; i += kL) {
           V g = load(tile.factor + i) * load(x + i);
           if constexpr (kMass) g -= tile_mass(tile, c, c0, i);
-          store(x + i, masked(load(tile.up + i) * g, tile, i));
+          store(x + i, masked(up * g, tile, i));
         }
       }
       if constexpr (kLabels) {
         for (int64_t i = 0; i < tile.rows; ++i) {
           const int64_t y = tile.y[i];
           if (c0 <= y && y < c1)
-            tile.x[(y - c0) * w + i] = true_gradient(tile.up[i], tile.factor[i] * true_exp[i], y);
+            tile.x[(y - c0) * w + i] = true_gradient(tile.factor[i] * true_exp[i], y);
         }
       }
       unpack(tile.x, tile, static_cast<T*>(p.grad), p.grad_strides, c0, c1);
-    }
-  }
-
-  void tile_gradient_of_target(const Tile& tile) const {
-    if constexpr (!kLabels) {
-      const int64_t w = tile.width, n = padded(tile);
-      A* const log_sum = tile.factor;
-      for (int64_t i = 0; i < n; i += kL) store(log_sum + i, log_positive(load(tile.sum + i)));
-      for (int64_t c0 = 0; c0 < p.classes; c0 += p.tile_classes) {
-        const int64_t c1 = c0 + p.tile_classes < p.classes ? c0 + p.tile_classes : p.classes;
-        pack(tile.x, tile, logits, p.logits_strides, c0, c1);
-        for (int64_t c = c0; c < c1; ++c) {
-          A* const x = tile.x + (c - c0) * w;
-          const A scale = true_mass(c);
-          for (int64_t i = 0; i < n; i += kL) {
-            const V d = load(x + i) - load(tile.max + i);
-            store(x + i, (load(tile.up + i) * scale) * (load(log_sum + i) - d));
-          }
-        }
-        unpack(tile.x, tile, static_cast<TT*>(p.grad), p.grad_strides, c0, c1);
-      }
     }
   }
 
@@ -782,23 +716,13 @@ struct CrossEntropy {
     for (int64_t task = begin; task < end; ++task) {
       const Tile tile = tile_at(task, memory);
       for (int64_t i = 0; i < padded(tile); ++i) {
-        tile.up[i] = i < tile.rows ? upstream(tile.first + i) : A(0);
         tile.y[i] = kLabels && i < tile.rows ? label(tile.first + i) : -1;
         tile.live[i] = tile.y[i] < 0 ? 0 : -1;
       }
       double loss_sum = 0;
-      if (p.recompute) {
-        tile_recall(tile);
-      } else {
-        tile_forward(tile, &loss_sum);
-      }
-      if (p.partial_loss != nullptr) p.partial_loss[task] = loss_sum;
-      if (p.grad == nullptr) continue;
-      if (p.target_gradient) {
-        tile_gradient_of_target(tile);
-      } else {
-        tile_gradient(tile);
-      }
+      tile_forward(tile, &loss_sum);
+      p.partial_loss[task] = loss_sum;
+      if (p.grad != nullptr) tile_gradient(tile);
     }
   }
 };

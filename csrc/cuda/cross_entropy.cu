@@ -95,11 +95,24 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     p.weight = weight ? weight->const_data_ptr() : nullptr;
     p.mean = reduction == kMean;
     p.known_smoothing = smoothing;
-    const bool has_labels = target.scalar_type() == ScalarType::Long;
-    p.known_weight = has_labels ? 0.0 : static_cast<double>(rows);
   }
 
   Tensor empty_scalar(ScalarType type) const { return empty_strided({}, {}, type, place); }
+
+  // Runs; the loss as torch would return it.
+  Tensor loss(ScalarType type) {
+    p.loss_type = element_of(type);
+    if (reduction != kNone) {
+      Tensor loss = empty_scalar(type);
+      p.loss = loss.mutable_data_ptr();
+      run();
+      return loss;
+    }
+    Tensor loss = empty_rows();
+    p.row_loss = loss.mutable_data_ptr();
+    run();
+    return type == accumulate ? loss : torch::stable::to(loss, type);
+  }
 
   // In the order of the current stream. The workspace goes back to torch's allocator at once: it
   // gives it to later work of this stream only.
@@ -116,26 +129,11 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
 
 // ---- the ops ----
 
-// total_weight is what the mean divides by; reductions that do not divide leave 0 for labels.
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cuda(
-    Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
-    double label_smoothing, int64_t reduction, ScalarType loss_dtype) {
+Tensor cross_entropy_forward_cuda(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                  int64_t ignore_index, double label_smoothing, int64_t reduction,
+                                  ScalarType loss_dtype) {
   Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  call.p.loss_type = element_of(loss_dtype);
-  Tensor row_max = call.empty_rows(), row_sum = call.empty_rows();
-  Tensor total_weight = call.empty_scalar(call.accumulate);
-  call.p.row_max = row_max.mutable_data_ptr();
-  call.p.row_sum = row_sum.mutable_data_ptr();
-  call.p.total_weight = total_weight.mutable_data_ptr();
-  Tensor loss = call.reduction == kNone ? call.empty_rows() : call.empty_scalar(loss_dtype);
-  if (call.reduction == kNone) {
-    call.p.row_loss = loss.mutable_data_ptr();
-  } else {
-    call.p.loss = loss.mutable_data_ptr();
-  }
-  call.run();
-  if (loss.scalar_type() != loss_dtype) loss = torch::stable::to(loss, loss_dtype);
-  return {loss, row_max, row_sum, total_weight};
+  return call.loss(loss_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward_cuda(
@@ -143,78 +141,38 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward_cuda(
     double label_smoothing, int64_t reduction, ScalarType loss_dtype,
     std::optional<Tensor> largest_mass) {
   Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  call.p.loss_type = element_of(loss_dtype);
   call.check_largest(largest_mass);
   Tensor grad_logits =
       empty_strided(sizes_of(logits), gradient_strides(logits), logits.scalar_type(), call.place);
   call.want_gradient(grad_logits);
-  Tensor loss = call.reduction == kNone ? call.empty_rows() : call.empty_scalar(loss_dtype);
-  (call.reduction == kNone ? call.p.row_loss : call.p.loss) = loss.mutable_data_ptr();
   Tensor unit = call.empty_scalar(ScalarType::Float);
   call.p.unit = static_cast<float*>(unit.mutable_data_ptr());
   call.p.in_units = call.p.logits_type == Element::float16;
   if (largest_mass) call.p.largest_mass = static_cast<const float*>(largest_mass->const_data_ptr());
-  call.run();
-  if (loss.scalar_type() != loss_dtype) loss = torch::stable::to(loss, loss_dtype);
+  const Tensor loss = call.loss(loss_dtype);
   return {loss, grad_logits, unit};
 }
 
-Tensor backward(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                int64_t ignore_index, double label_smoothing, int64_t reduction, Tensor row_max,
-                Tensor row_sum, Tensor total_weight, bool target_gradient) {
-  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  call.recompute_from(row_max, row_sum, total_weight, grad_loss);
-  check(!target_gradient || target.scalar_type() != ScalarType::Long,
-        "only probabilities have a gradient");
-  const Tensor& of = target_gradient ? target : logits;
-  Tensor grad = empty_strided(sizes_of(of), gradient_strides(of), of.scalar_type(), call.place);
-  call.want_gradient(grad);
-  call.p.target_gradient = target_gradient;
-  call.p.kept_weight = total_weight.const_data_ptr();
-  std::optional<Tensor> row_upstream;
-  if (call.reduction == kNone) {
-    row_upstream = as_contiguous(torch::stable::to(grad_loss, call.accumulate));
-    call.p.row_upstream = row_upstream->const_data_ptr();
-  } else {
-    call.p.grad_loss = grad_loss.const_data_ptr();
-    call.p.grad_loss_type = element_of(grad_loss.scalar_type());
-  }
-  call.run();
-  return grad;
-}
-
-Tensor cross_entropy_backward_cuda(Tensor grad_loss, Tensor logits, Tensor target,
-                                   std::optional<Tensor> weight, int64_t ignore_index,
-                                   double label_smoothing, int64_t reduction, Tensor row_max,
-                                   Tensor row_sum, Tensor total_weight) {
-  return backward(grad_loss, logits, target, weight, ignore_index, label_smoothing, reduction,
-                  row_max, row_sum, total_weight, /*target_gradient=*/false);
-}
-
-Tensor cross_entropy_backward_target_cuda(Tensor grad_loss, Tensor logits, Tensor target,
-                                          std::optional<Tensor> weight, int64_t ignore_index,
-                                          double label_smoothing, int64_t reduction, Tensor row_max,
-                                          Tensor row_sum, Tensor total_weight) {
-  return backward(grad_loss, logits, target, weight, ignore_index, label_smoothing, reduction,
-                  row_max, row_sum, total_weight, /*target_gradient=*/true);
-}
-
-// grad_logits *= grad_loss, which is read on the device: 1 costs a launch and nothing more.
-void cross_entropy_scale_cuda(Tensor grad_logits, Tensor grad_loss) {
-  check(grad_logits.is_cuda() && place_of(grad_loss) == place_of(grad_logits),
-        "every tensor must be on one CUDA device");
-  check(grad_loss.numel() == 1, "grad_loss must have one element");
+// grad_logits *= factor, which is read on the device: 1 costs a launch and nothing more.
+void cross_entropy_scale_cuda(Tensor grad_logits, Tensor factor, Tensor target,
+                              int64_t ignore_index, bool smoothed) {
   check(is_dense(sizes_of(grad_logits),
                  std::vector<int64_t>(grad_logits.strides().begin(), grad_logits.strides().end())),
         "grad_logits must be dense, as the ops return it");
+  check(grad_logits.dim() == 0 || view_strides(grad_logits),
+        "grad_logits must have a layout of the ops' own");
+  Call call(grad_logits, target, std::nullopt, ignore_index, 0, kSum);
+  call.check_place({&factor});
+  check(factor.numel() == 1, "factor must be one number");
   const int64_t count = grad_logits.numel();
   if (count == 0) return;
-  const gpu::ScaleParams p{grad_logits.mutable_data_ptr(), count, grad_loss.const_data_ptr(),
-                           element_of(grad_loss.scalar_type())};
-  const int32_t device = place_of(grad_logits).index;
+  call.want_gradient(grad_logits);
+  const gpu::ScaleParams p{call.p, smoothed, factor.const_data_ptr(),
+                           element_of(factor.scalar_type())};
+  const int32_t device = call.place.index;
   const int64_t blocks = gpu::scale_blocks(count, limits_of(device));
   const Launcher launch(device);
-  gpu::with_element(element_of(grad_logits.scalar_type()), [&](auto element) {
+  gpu::with_element(call.p.logits_type, [&](auto element) {
     using T = typename decltype(element)::type;
     launch(&gpu::cross_entropy_scale<T>, blocks, gpu::kParcelThreads, 0, 1, p);
   });
@@ -223,8 +181,6 @@ void cross_entropy_scale_cuda(Tensor grad_logits, Tensor grad_loss) {
 STABLE_TORCH_LIBRARY_IMPL(fastopt, CUDA, library) {
   library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward_cuda));
   library.impl("cross_entropy_forward_backward", TORCH_BOX(&cross_entropy_forward_backward_cuda));
-  library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward_cuda));
-  library.impl("cross_entropy_backward_target", TORCH_BOX(&cross_entropy_backward_target_cuda));
   library.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale_cuda));
 }
 

@@ -1,13 +1,11 @@
-// Softmax cross-entropy on GPU: loss, gradient with respect to logits, gradient with respect to
-// probability targets. The formula is in csrc/rules/softmax.h. Three ways through it, chosen by
-// cross_entropy_plan.h:
+// Softmax cross-entropy on GPU: loss and gradient. The formula is in csrc/rules/softmax.h. Three
+// ways through it, chosen by cross_entropy_plan.h:
 //
 //   packed   few classes: a thread a row. A tile of rows passes through shared memory, there and
 //            back, so that memory is touched in whole words where rows lie side by side.
 //   rows     classes contiguous: lanes of a warp, a block or a cluster of them per row. Where the
-//   gradient
-//            follows the loss, the row waits for it in shared memory: one read and one write per
-//            logit. A row too long for that is read a second time.
+//            gradient follows the loss, the row waits for it in shared memory: one read and one
+//            write per logit. A row too long for that is read a second time.
 //   strided  classes apart in memory: lanes run over rows and loop over classes, twice where the
 //            gradient follows; few rows are side by side, so the second read comes from cache.
 //
@@ -30,20 +28,14 @@ namespace fastopt::gpu {
 struct CrossEntropyParams : CrossEntropyProblem {
   const void* weight;  // (classes), accumulation type, or null
 
-  // What the mean divides by: the sum of weight_parts; or what the forward pass kept; or known to
-  // the host (0 for labels where nothing is divided).
+  // The mean divides by the sum of weight_parts; where targets are probabilities, by the rows.
   bool mean;
-  double* weight_parts;     // (weight_part_count) of labels that count, or null
-  const void* kept_weight;  // 0-dim, accumulation type, or null
-  double known_weight;
+  double* weight_parts;  // (weight_part_count) of labels that count, or null
   int weight_part_count;
   // sum_c (e / C) w_c: the sum of smoothing_parts, or known to the host.
   double* smoothing_parts;  // (smoothing_part_count) or null
   double known_smoothing;   // e
   int smoothing_part_count;
-
-  const void* grad_loss;  // 0-dim upstream gradient of grad_loss_type; null: 1
-  Element grad_loss_type;
 
   // The gradient in multiples of a unit that is written to `unit` (half_gradient_scale).
   bool in_units;
@@ -54,7 +46,6 @@ struct CrossEntropyParams : CrossEntropyProblem {
   int64_t loss_part_count;
   void* loss;  // 0-dim, loss_type, or null
   Element loss_type;
-  void* total_weight;  // 0-dim, accumulation type, or null
 
   // From the plan.
   int lanes, cluster;
@@ -289,8 +280,6 @@ struct CrossEntropy {
 
   const CrossEntropyParams& p;
   const A* const weight = static_cast<const A*>(p.weight);
-  A* const row_max = static_cast<A*>(p.row_max);
-  A* const row_sum = static_cast<A*>(p.row_sum);
   BlockShared<A>& shared = *reinterpret_cast<BlockShared<A>*>(shared_memory());
   double loss_sum = 0;  // of the rows whose loss this thread wrote
   int turn = 0;         // which half of shared.of_warp comes next
@@ -306,19 +295,17 @@ struct CrossEntropy {
     return row / p.positions * strides.batch + row % p.positions * strides.position;
   }
 
-  // What all rows share: the scalar upstream gradient times the reduction's factor, and the mass
-  // that label smoothing gives a row. One warp adds up the partial sums for the block.
+  // What all rows share: the reduction's factor, and the mass that label smoothing gives a row. One
+  // warp adds up the partial sums for the block.
   FASTOPT_MEMBER void begin_block() {
     if (thread_index() < kWarpSize) {
       double smoothing = p.known_smoothing;
       if (p.smoothing_parts != nullptr)
         smoothing = sum_of_parts(p.smoothing_parts, p.smoothing_part_count);
-      double upstream = p.grad_loss != nullptr ? load_scalar(p.grad_loss, p.grad_loss_type) : 1.0;
+      double upstream = 1.0;
       if (p.mean && p.grad != nullptr) upstream = mean_of(p, upstream, total_weight(p));
       if (waits(p, upstream)) upstream = static_cast<double>(scale_of(p));
       if (thread_index() == 0) {
-        if (p.total_weight != nullptr && p.loss == nullptr && block_index() == 0)
-          *static_cast<A*>(p.total_weight) = static_cast<A>(p.known_weight);
         shared.upstream = static_cast<A>(upstream);
         shared.smoothing_mass = static_cast<A>(smoothing);
       }
@@ -337,8 +324,7 @@ struct CrossEntropy {
 
   FASTOPT_MEMBER static double total_weight(const CrossEntropyParams& p) {
     if (p.weight_parts != nullptr) return sum_of_parts(p.weight_parts, p.weight_part_count);
-    if (p.kept_weight != nullptr) return static_cast<double>(*static_cast<const A*>(p.kept_weight));
-    return p.known_weight;
+    return static_cast<double>(p.batch * p.positions);
   }
 
   // Weights that add up to 0 divide by 0 as in torch, part by part: next to label smoothing's part
@@ -350,11 +336,6 @@ struct CrossEntropy {
   FASTOPT_MEMBER void end_block() {
     const double sum = sum_of_block(loss_sum, shared.losses);
     if (p.loss_parts != nullptr && thread_index() == 0) p.loss_parts[block_index()] = sum;
-  }
-
-  FASTOPT_MEMBER A upstream(int64_t row) const {
-    const A scale = shared.upstream;
-    return p.row_upstream != nullptr ? scale * static_cast<const A*>(p.row_upstream)[row] : scale;
   }
 
   struct Row {
@@ -435,7 +416,7 @@ struct CrossEntropy {
       const A d = x[i] - base;
       x[i] = exp_for<T>(d);
       if constexpr (kMass) {
-        dot += q[i] * d;
+        dot += d == A(0) ? A(0) : q[i] * d;  // not inf * 0
         mass += q[i];
       }
     }
@@ -463,17 +444,7 @@ struct CrossEntropy {
   FASTOPT_MEMBER void write_results(int64_t r, const Row& row, const Stats& stats) {
     const A loss = row.ignored ? A(0) : fastopt::row_loss(stats);
     if (p.row_loss != nullptr) static_cast<A*>(p.row_loss)[r] = loss;
-    if (p.row_max != nullptr) {
-      row_max[r] = stats.max;
-      row_sum[r] = stats.sum;
-    }
     loss_sum += static_cast<double>(loss);
-  }
-
-  // What the forward pass kept, completed by the target's mass: `mass` of probabilities.
-  FASTOPT_MEMBER Stats recall(int64_t r, const Row& row, A mass) const {
-    if (kLabels) mass = row.ignored ? A(0) : shared.smoothing_mass + true_mass(row.y);
-    return {row_max[r], row.invalid ? not_a_number<A>() : row_sum[r], 0, mass};
   }
 
   // Everything that a row's gradient needs. The difference a p - q is taken before the products
@@ -482,14 +453,11 @@ struct CrossEntropy {
   struct Gradient {
     A up, max;
     A factor;   // a / sum
-    A log_sum;  // for the gradient of the target
     A of_true;  // the true class's
   };
-  FASTOPT_MEMBER Gradient gradient_of(int64_t r, const Row& row, const Stats& stats) const {
-    Gradient g{row.ignored ? A(0) : upstream(r), stats.max, softmax_factor(stats), 0, 0};
-    if constexpr (!kLabels) {
-      if (p.target_gradient) g.log_sum = scalar_log(stats.sum);
-    } else if (row.y >= 0) {
+  FASTOPT_MEMBER Gradient gradient_of(const Row& row, const Stats& stats) const {
+    Gradient g{row.ignored ? A(0) : shared.upstream, stats.max, softmax_factor(stats), 0};
+    if (kLabels && row.y >= 0) {
       // up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
       const A softmax_mass = g.factor * exp_for<T>(to_acc(row.true_logit) - g.max);
       g.of_true = g.up * (softmax_mass - total_mass(row.y)) + (g.up - g.up);
@@ -501,17 +469,9 @@ struct CrossEntropy {
     if constexpr (kMass) return g.up * (g.factor * exp_for<T>(x - g.max) - q);
     return g.up * g.factor * exp_for<T>(x - g.max);
   }
-  // d loss / d t_c = up w_c (1 - e) (log(sum) - (x_c - max))
-  FASTOPT_MEMBER A target_gradient(const Gradient& g, A x, int c) const {
-    return g.up * true_mass(c) * (g.log_sum - (x - g.max));
-  }
-  FASTOPT_MEMBER A any_gradient(const Gradient& g, const Row& row, A x, A q, int c) const {
-    if constexpr (kLabels) {
-      const A other = logit_gradient(g, x, q);  // by a select: threads that branch take turns
-      return c == row.y ? g.of_true : other;
-    } else {
-      return p.target_gradient ? target_gradient(g, x, c) : logit_gradient(g, x, q);
-    }
+  FASTOPT_MEMBER static A any_gradient(const Gradient& g, const Row& row, A x, A q, int c) {
+    const A other = logit_gradient(g, x, q);  // by a select: threads that branch take turns
+    return kLabels && c == row.y ? g.of_true : other;
   }
 
   // ---- packed: a thread a row, p.slice rows a tile ----
@@ -603,7 +563,7 @@ struct CrossEntropy {
       Tile<TT> t{};
       if constexpr (!kLabels) {
         t = tile_of(t_memory, target + offset(p.target_strides, first));
-        if (!p.target_gradient) for_tile(t, target, p.target_strides, first, rows, copy_in);
+        for_tile(t, target, p.target_strides, first, rows, copy_in);
       }
       wait_for_copies();
       sync_block();
@@ -611,19 +571,14 @@ struct CrossEntropy {
         packed_row(first + i, x.rows + i * x.pitch, x.words, t.rows + i * t.pitch, t.words);
       sync_block();
       if (p.grad != nullptr) {
-        if constexpr (!kLabels) {
-          if (p.target_gradient)
-            for_tile(t, static_cast<TT*>(p.grad), p.grad_strides, first, rows, copy_out);
-        }
-        if (kLabels || !p.target_gradient)
-          for_tile(x, static_cast<T*>(p.grad), p.grad_strides, first, rows, copy_out);
+        for_tile(x, static_cast<T*>(p.grad), p.grad_strides, first, rows, copy_out);
         sync_block();  // before the next tile comes in its place
       }
     }
     end_block();
   }
 
-  // A row in shared memory: its gradient takes its place, or that of its target.
+  // A row in shared memory: its gradient takes its place.
   FASTOPT_MEMBER void packed_row(int64_t r, T* x, bool x_words, TT* t, bool t_words) {
     const int64_t label = label_at(r);
     const int classes = static_cast<int>(p.classes);
@@ -641,50 +596,23 @@ struct CrossEntropy {
         masses<shape.count, Cache::keep>(t, c, t_words, weight, c, is_aligned(weight), q);
     };
     Stats stats = empty_stats<A>();
-    Row row;
-    if (!p.recompute) {
-      for_classes([&](auto shape, int c) {
-        A values[shape.count];
-        load(shape, c, values);
-        for (int k = 0; k < shape.count; ++k) stats.max = larger(values[k], stats.max);
-      });
-      for_classes([&](auto shape, int c) {
-        A values[shape.count], q[shape.count] = {};
-        load(shape, c, values);
-        load_masses(shape, c, q);
-        add_below_max<shape.count>(stats, values, q);
-      });
-      row = row_of(label);  // not before: the label has had time to arrive
-      load_true_logit(row, x);
-      stats = complete(stats, row);
-      write_results(r, row, stats);
-    } else {
-      A mass = 0;
-      if constexpr (!kLabels) {
-        if (!p.target_gradient) {
-          for_classes([&](auto shape, int c) {
-            A q[shape.count];
-            load_masses(shape, c, q);
-            for (int k = 0; k < shape.count; ++k) mass += q[k];
-          });
-        }
-      }
-      row = row_of(label);
-      load_true_logit(row, x);
-      stats = recall(r, row, mass);
-    }
+    for_classes([&](auto shape, int c) {
+      A values[shape.count];
+      load(shape, c, values);
+      for (int k = 0; k < shape.count; ++k) stats.max = larger(values[k], stats.max);
+    });
+    for_classes([&](auto shape, int c) {
+      A values[shape.count], q[shape.count] = {};
+      load(shape, c, values);
+      load_masses(shape, c, q);
+      add_below_max<shape.count>(stats, values, q);
+    });
+    Row row = row_of(label);  // not before: the label has had time to arrive
+    load_true_logit(row, x);
+    stats = complete(stats, row);
+    write_results(r, row, stats);
     if (p.grad == nullptr) return;
-    const Gradient g = gradient_of(r, row, stats);
-    if constexpr (!kLabels) {
-      if (p.target_gradient) {
-        return for_classes([&](auto shape, int c) {
-          A values[shape.count];
-          load(shape, c, values);
-          for (int k = 0; k < shape.count; ++k) values[k] = target_gradient(g, values[k], c + k);
-          store_some<shape.count, Cache::keep>(t + c, t_words, values);
-        });
-      }
-    }
+    const Gradient g = gradient_of(row, stats);
     for_classes([&](auto shape, int c) {
       A values[shape.count], q[shape.count] = {};
       load(shape, c, values);
@@ -741,36 +669,20 @@ struct CrossEntropy {
       const Slice read = slice_at(r, rank);
       const Slice slice = kHeld ? held_slice(read, held, held + x_bytes) : read;
       Stats stats{};
-      if (!kHeld && p.recompute) {
-        A mass = 0;
-        if constexpr (!kLabels) {
-          if (!p.target_gradient) mass = mass_of(slice, lane);
-        }
+      if (!row.ignored) {
+        if constexpr (kHeld) hold(read, slice, lane);
         load_true_logit(row, row_start(r));
-        stats = recall(r, row, mass);
-      } else {
-        if (!row.ignored) {
-          if constexpr (kHeld) hold(read, slice, lane);
-          load_true_logit(row, row_start(r));
-          if constexpr (kHeld) wait_for_copies();
-          stats = sweep(slice, lane);
-        }
-        // Rows that share a warp are merged together, one ignored or not.
-        if (!row.ignored || p.lanes < kWarpSize) stats = merge(stats);
-        stats = complete(stats, row);
-        if (live() && lane == 0 && rank == 0) write_results(r, row, stats);
+        if constexpr (kHeld) wait_for_copies();
+        stats = sweep(slice, lane);
       }
+      // Rows that share a warp are merged together, one ignored or not.
+      if (!row.ignored || p.lanes < kWarpSize) stats = merge(stats);
+      stats = complete(stats, row);
+      if (live() && lane == 0 && rank == 0) write_results(r, row, stats);
       if (kHeld && !shares_block()) sync_warp();  // the lanes' copies; else merge() was the barrier
       if (p.grad != nullptr && live()) {
-        const Gradient g = gradient_of(r, row, stats);
-        const int64_t at = offset(p.grad_strides, r) + slice.begin;
-        if constexpr (kLabels || kHeld) {
-          write_gradient<kHeld, false>(static_cast<T*>(p.grad) + at, g, row, slice, lane);
-        } else if (p.target_gradient) {
-          write_gradient<kHeld, true>(static_cast<TT*>(p.grad) + at, g, row, slice, lane);
-        } else {
-          write_gradient<kHeld, false>(static_cast<T*>(p.grad) + at, g, row, slice, lane);
-        }
+        T* const grad = static_cast<T*>(p.grad) + offset(p.grad_strides, r) + slice.begin;
+        write_gradient<kHeld>(grad, gradient_of(row, stats), row, slice, lane);
       }
       if (kHeld && p.grad != nullptr) sync_row();  // before the next row comes in its place
     }
@@ -862,23 +774,6 @@ struct CrossEntropy {
     return stats;
   }
 
-  // sum_c q_c of probabilities over the whole row.
-  FASTOPT_MEMBER A mass_of(const Slice& s, int lane) {
-    Stats stats = empty_stats<A>();
-    for_my_elements<kSize, kVectors>(
-        s.count, s.head, lane, p.lanes, [&](auto shape, int first, int step) {
-          constexpr int n = shape.size;
-          A q[shape.count];
-          for (int i = 0; i < shape.vectors; ++i)
-            masses<n, Cache::keep>(s.t, first + i * step, s.t_aligned, s.w, first + i * step,
-                                   s.w_aligned, q + i * n);
-          for (int width = shape.count / 2; width > 0; width /= 2)
-            for (int i = 0; i < width; ++i) q[i] += q[i + width];
-          stats.mass += q[0];
-        });
-    return merge(stats).mass;
-  }
-
   // The whole row's statistics, the same bits in every thread. Each warp leaves its own in shared
   // memory; after one barrier every warp reads them all, its cluster's too.
   FASTOPT_MEMBER Stats merge(Stats stats) {
@@ -904,53 +799,46 @@ struct CrossEntropy {
 
   // The stores are the aligned ones: a gradient that lies otherwise than its logits (they are a
   // view of a larger buffer, say) reads those one by one, from shared memory or a cache.
-  template <bool kHeld, bool kTarget, class U>
-  FASTOPT_MEMBER void write_gradient(U* grad, const Gradient& g, const Row& row, const Slice& s,
+  template <bool kHeld>
+  FASTOPT_MEMBER void write_gradient(T* grad, const Gradient& g, const Row& row, const Slice& s,
                                      int lane) const {
-    constexpr int kGradSize = static_cast<int>(sizeof(Words) / sizeof(U));
     const int head = head_of(grad, s.count);
     if (row.ignored) {
-      const A zeros[kGradSize] = {};
-      return for_my_elements<kGradSize, 1>(
-          s.count, head, lane, p.lanes, [&](auto shape, int c, int) {
-            store_some<shape.count, Cache::stream>(grad + c, true, zeros);
-          });
+      const A zeros[kSize] = {};
+      return for_my_elements<kSize, 1>(s.count, head, lane, p.lanes, [&](auto shape, int c, int) {
+        store_some<shape.count, Cache::stream>(grad + c, true, zeros);
+      });
     }
     // Asked once a row, not once a vector; beside masses two loops would need more registers.
     const bool x_aligned = is_aligned(s.x + head);
     if constexpr (kMass) {
-      write_elements<kHeld, kTarget>(grad, g, row, s, head, lane, x_aligned);
+      write_elements<kHeld>(grad, g, row, s, head, lane, x_aligned);
     } else if (x_aligned) {
-      write_elements<kHeld, kTarget>(grad, g, row, s, head, lane, true);
+      write_elements<kHeld>(grad, g, row, s, head, lane, true);
     } else {
-      write_elements<kHeld, kTarget>(grad, g, row, s, head, lane, false);
+      write_elements<kHeld>(grad, g, row, s, head, lane, false);
     }
   }
-  template <bool kHeld, bool kTarget, class U>
-  FASTOPT_MEMBER void write_elements(U* grad, const Gradient& g, const Row& row, const Slice& s,
+  template <bool kHeld>
+  FASTOPT_MEMBER void write_elements(T* grad, const Gradient& g, const Row& row, const Slice& s,
                                      int head, int lane, bool x_aligned) const {
-    constexpr int kGradSize = static_cast<int>(sizeof(Words) / sizeof(U));
     constexpr Cache kCache = kHeld ? Cache::keep : Cache::stream;
     const bool w_aligned = s.w != nullptr && is_aligned(s.w + head);
     bool t_aligned = false;
     if constexpr (!kLabels) t_aligned = is_aligned(s.t + head);
-    for_my_elements<kGradSize, kMass ? 1 : 2>(
+    for_my_elements<kSize, kMass ? 1 : 2>(
         s.count, head, lane, p.lanes, [&](auto shape, int first, int step) {
           constexpr int n = shape.size;
           A x[shape.count], q[shape.count] = {};
           for (int i = 0; i < shape.vectors; ++i) {
             const int c = first + i * step;
             load_some<n, kCache>(s.x + c, x_aligned, x + i * n);
-            if constexpr (kMass && !kTarget)
-              masses<n, kCache>(s.t, c, t_aligned, s.w, c, w_aligned, q + i * n);
+            if constexpr (kMass) masses<n, kCache>(s.t, c, t_aligned, s.w, c, w_aligned, q + i * n);
           }
           for (int i = 0; i < shape.vectors; ++i) {
             const int c = first + i * step;
             A values[n];
-            for (int k = 0; k < n; ++k) {
-              values[k] = kTarget ? target_gradient(g, x[i * n + k], s.begin + c + k)
-                                  : logit_gradient(g, x[i * n + k], q[i * n + k]);
-            }
+            for (int k = 0; k < n; ++k) values[k] = logit_gradient(g, x[i * n + k], q[i * n + k]);
             if constexpr (kLabels) {
               const int at = row.y - s.begin - c;
               if (0 <= at && at < n) {
@@ -1031,65 +919,44 @@ struct CrossEntropy {
     if constexpr (!kLabels)
       target = static_cast<const TT*>(p.probabilities) + start(p.target_strides);
 
-    const auto load_masses = [&](auto shape, int c, auto* q) {
+    const auto load = [&](auto shape, int c, auto* x, auto* q) {
+      const int64_t step = p.logits_strides.cls;
+      load_adjacent<kAdjacent>(shape, logits + c * step, step, x);
       if constexpr (!kLabels) {
-        const int64_t step = p.target_strides.cls;
-        load_adjacent<kAdjacent>(shape, target + c * step, step, q);
+        const int64_t t_step = p.target_strides.cls;
+        load_adjacent<kAdjacent>(shape, target + c * t_step, t_step, q);
       }
       if constexpr (kMass) {
         for (int v = 0; v < kAdjacent; ++v)
           for (int k = 0; k < shape.count; ++k) q[v][k] = mass_of_class(q[v][k], c + k);
       }
     };
-    const auto load = [&](auto shape, int c, auto* x, auto* q) {
-      const int64_t step = p.logits_strides.cls;
-      load_adjacent<kAdjacent>(shape, logits + c * step, step, x);
-      load_masses(shape, c, q);
-    };
     Stats stats[kAdjacent];
     Row row[kAdjacent];
     const auto for_rows = [&](const auto& visit) {
       for (int v = 0; v < kAdjacent; ++v) visit(v);
     };
-    const auto know_rows = [&] {
-      for_rows([&](int v) {
-        row[v] = row_of(label[v]);
-        load_true_logit(row[v], logits + v);
-      });
-    };
     for_rows([&](int v) { stats[v] = empty_stats<A>(); });
-    if (!p.recompute) {
-      if (live) {
-        for_my_classes(parts, [&](auto shape, int c) {
-          A x[kAdjacent][shape.count], q[kAdjacent][shape.count] = {};
-          load(shape, c, x, q);
-          for_rows([&](int v) { add<shape.count>(stats[v], x[v], q[v]); });
-        });
-      }
-      know_rows();  // not before: the logits do not wait for the label
-      for_rows([&](int v) {
-        stats[v] = complete(merge_parts(stats[v], parts), row[v]);
-        if (live && parts.mine == 0) write_results(r + v, row[v], stats[v]);
+    if (live) {
+      for_my_classes(parts, [&](auto shape, int c) {
+        A x[kAdjacent][shape.count], q[kAdjacent][shape.count] = {};
+        load(shape, c, x, q);
+        for_rows([&](int v) { add<shape.count>(stats[v], x[v], q[v]); });
       });
-    } else {
-      know_rows();
-      if (!kLabels && !p.target_gradient) {
-        for_my_classes(parts, [&](auto shape, int c) {
-          A q[kAdjacent][shape.count];
-          load_masses(shape, c, q);
-          for_rows([&](int v) {
-            for (int k = 0; k < shape.count; ++k) stats[v].mass += q[v][k];
-          });
-        });
-        for_rows([&](int v) { stats[v] = merge_parts(stats[v], parts); });
-      }
-      for_rows([&](int v) { stats[v] = recall(r + v, row[v], stats[v].mass); });
     }
+    for_rows([&](int v) {  // not before: the logits do not wait for the label
+      row[v] = row_of(label[v]);
+      load_true_logit(row[v], logits + v);
+    });
+    for_rows([&](int v) {
+      stats[v] = complete(merge_parts(stats[v], parts), row[v]);
+      if (live && parts.mine == 0) write_results(r + v, row[v], stats[v]);
+    });
     if (!live || p.grad == nullptr) return;
     Gradient g[kAdjacent];
     bool ignored = true;  // all of them: then nobody asks what they hold
     for_rows([&](int v) {
-      g[v] = gradient_of(r + v, row[v], stats[v]);
+      g[v] = gradient_of(row[v], stats[v]);
       ignored &= row[v].ignored;
     });
     const int64_t at = start(p.grad_strides), step = p.grad_strides.cls;
@@ -1109,16 +976,9 @@ struct CrossEntropy {
 
   template <int kAdjacent>
   FASTOPT_MEMBER void write_adjacent(int64_t at, const Adjacent<A, kAdjacent>& values) const {
-    const auto write = [&](auto* grad) {
-      using U = std::remove_reference_t<decltype(*grad)>;
-      Adjacent<U, kAdjacent> rounded;
-      for (int v = 0; v < kAdjacent; ++v) rounded.of_row[v] = from_acc<U>(values.of_row[v]);
-      *reinterpret_cast<Adjacent<U, kAdjacent>*>(grad + at) = rounded;
-    };
-    if constexpr (!kLabels) {
-      if (p.target_gradient) return write(static_cast<TT*>(p.grad));
-    }
-    write(static_cast<T*>(p.grad));
+    Adjacent<T, kAdjacent> rounded;
+    for (int v = 0; v < kAdjacent; ++v) rounded.of_row[v] = from_acc<T>(values.of_row[v]);
+    *reinterpret_cast<Adjacent<T, kAdjacent>*>(static_cast<T*>(p.grad) + at) = rounded;
   }
 
   // A row's statistics from all threads that share it, in one order.
@@ -1177,8 +1037,8 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kSumThreads)
       for (int k = 0; k < kSumItems; ++k)
         y[k] = r + k * apart < rows ? p.labels[r + k * apart] : p.ignore_index;
       for (int k = 0; k < kSumItems; ++k) {
-        const bool counts = y[k] != p.ignore_index;
-        if (weight != nullptr && counts && y[k] >= 0 && y[k] < p.classes) {
+        const bool counts = y[k] != p.ignore_index && y[k] >= 0 && y[k] < p.classes;
+        if (weight != nullptr && counts) {
           sum += static_cast<double>(weight[y[k]]);
         } else {
           count += counts;
@@ -1199,7 +1059,7 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kSumThreads)
   }
 }
 
-// One block: the loss from the blocks' sums, and what the mean divided by.
+// One block: the loss from the blocks' sums, and the gradient's unit.
 template <class A>
 FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads)
     cross_entropy_finish(FASTOPT_PARAMS CrossEntropyParams p) {
@@ -1220,35 +1080,48 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads)
         waits ? static_cast<float>(upstream / static_cast<double>(AnyKernel::scale_of(p))) : 1.0f;
   }
   if (p.loss != nullptr) store_scalar(p.loss, p.loss_type, loss);
-  if (p.total_weight != nullptr) *static_cast<A*>(p.total_weight) = static_cast<A>(total);
 }
 
 struct ScaleParams {
-  void* values;  // (count)
-  int64_t count;
+  CrossEntropyProblem problem;  // its gradient, dense, and its labels, if it has any
+  bool smoothed;
   const void* factor;  // 0-dim, factor_type
   Element factor_type;
 };
 
-// values *= factor. A factor of 1 reads nothing but itself.
+// grad *= factor. A factor of 1 reads nothing but itself.
 template <class T>
 FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads)
-    cross_entropy_scale(FASTOPT_PARAMS ScaleParams p) {
-  const Acc<T> factor = static_cast<Acc<T>>(load_scalar(p.factor, p.factor_type));
-  if (factor == Acc<T>(1)) return;
-  T* const values = static_cast<T*>(p.values);
+    cross_entropy_scale(FASTOPT_PARAMS ScaleParams params) {
+  using A = Acc<T>;
+  const A factor = static_cast<A>(load_scalar(params.factor, params.factor_type));
+  if (factor == A(1)) return;
+  const CrossEntropyProblem& p = params.problem;
+  T* const grad = static_cast<T*>(p.grad);
+  const int64_t count = p.batch * p.positions * p.classes;
   const int64_t threads = grid_size() * block_size();
   const int64_t thread = block_index() * block_size() + thread_index();
+  if (factor - factor != A(0)) {  // inf or NaN: so seldom that it may take its time
+    for (int64_t i = thread; i < count; i += threads) {
+      const int64_t r = i / p.classes, c = i % p.classes;
+      T& x = grad[r / p.positions * p.grad_strides.batch +
+                  r % p.positions * p.grad_strides.position + c * p.grad_strides.cls];
+      const bool labels = p.labels != nullptr;
+      const bool ignored = labels && p.labels[r] == p.ignore_index;
+      const bool has_mass = !labels || params.smoothed || p.labels[r] == c;
+      x = from_acc<T>(times_upstream(to_acc(x), factor, ignored, has_mass));
+    }
+    return;
+  }
   for_my_elements<static_cast<int>(sizeof(Words) / sizeof(T)), 4>(
-      p.count, head_of(values, p.count), thread, threads,
-      [&](auto shape, int64_t first, int64_t step) {
+      count, head_of(grad, count), thread, threads, [&](auto shape, int64_t first, int64_t step) {
         constexpr int n = shape.size;
-        Acc<T> v[shape.count];
+        A v[shape.count];
         for (int i = 0; i < shape.vectors; ++i)
-          load_some<n, Cache::stream>(values + first + i * step, true, v + i * n);
+          load_some<n, Cache::stream>(grad + first + i * step, true, v + i * n);
         for (int i = 0; i < shape.count; ++i) v[i] *= factor;
         for (int i = 0; i < shape.vectors; ++i)
-          store_some<n, Cache::stream>(values + first + i * step, true, v + i * n);
+          store_some<n, Cache::stream>(grad + first + i * step, true, v + i * n);
       });
 }
 
@@ -1301,13 +1174,11 @@ inline CrossEntropyShape shape_of(const CrossEntropyParams& p) {
   shape.target_bytes = labels ? 0 : bytes_of(p.target_type);
   shape.contiguous_classes = p.logits_strides.cls == 1 && (labels || p.target_strides.cls == 1) &&
                              (p.grad == nullptr || p.grad_strides.cls == 1);
-  shape.reads_twice = p.grad != nullptr && !p.recompute;
+  shape.reads_twice = p.grad != nullptr;
   shape.pairs = p.positions % 2 == 0 &&
                 pairs_up(p.logits, bytes_of(p.logits_type), p.logits_strides) &&
                 (labels || pairs_up(p.probabilities, bytes_of(p.target_type), p.target_strides)) &&
-                (p.grad == nullptr ||
-                 pairs_up(p.grad, bytes_of(p.target_gradient ? p.target_type : p.logits_type),
-                          p.grad_strides));
+                (p.grad == nullptr || pairs_up(p.grad, bytes_of(p.logits_type), p.grad_strides));
   return shape;
 }
 
@@ -1343,8 +1214,7 @@ void launch_cross_entropy(CrossEntropyParams p, const CrossEntropyPlan& plan, do
   p.cluster = plan.cluster;
   p.slice = plan.slice;
 
-  // Labels decide what the mean divides by, unless the forward pass has kept it.
-  if (p.labels != nullptr && p.mean && !p.recompute) {
+  if (p.labels != nullptr && p.mean) {
     p.weight_parts = workspace;
     p.weight_part_count = sum_blocks(rows);
   }

@@ -205,7 +205,7 @@ struct CrossEntropyCall {
     if (weight) check_place({&*weight});
     check(logits.dim() >= 1, "logits must have a class dimension");
     check(reduction_in >= kNone && reduction_in <= kSum, "reduction must be 0, 1 or 2");
-    check(label_smoothing <= 1.0, "label_smoothing must be at most 1");
+    check(!(label_smoothing > 1.0), "label_smoothing must be at most 1");
     reduction = static_cast<Reduction>(reduction_in);
     accumulate = accumulate_type(logits.scalar_type());
     p.logits_type = element_of(logits.scalar_type());
@@ -291,28 +291,6 @@ struct CrossEntropyCall {
     check_place({&*largest_mass});
     check(largest_mass->numel() == 1 && largest_mass->scalar_type() == ScalarType::Float,
           "largest_mass must be one float32");
-  }
-
-  // What the forward pass kept, checked; contiguous from here on.
-  void recompute_from(Tensor& row_max, Tensor& row_sum, const Tensor& total_weight,
-                      const Tensor& grad_loss) {
-    check_place({&grad_loss, &row_max, &row_sum, &total_weight});
-    check(total_weight.numel() == 1 && total_weight.scalar_type() == accumulate,
-          "total_weight must be that of the forward pass");
-    element_of(grad_loss.scalar_type());
-    for (Tensor* kept : {&row_max, &row_sum}) {
-      check(sizes_of(*kept) == row_sizes && kept->scalar_type() == accumulate,
-            "row_max and row_sum must be those of the forward pass");
-      *kept = as_contiguous(*kept);
-    }
-    if (reduction == kNone) {
-      check(sizes_of(grad_loss) == row_sizes, "grad_loss must have the shape of the loss");
-    } else {
-      check(grad_loss.numel() == 1, "grad_loss must have the shape of the loss");
-    }
-    p.recompute = true;
-    p.row_max = row_max.mutable_data_ptr();
-    p.row_sum = row_sum.mutable_data_ptr();
   }
 
   // Rows evenly spaced in every tensor are all batch: no division finds a row.

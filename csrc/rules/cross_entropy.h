@@ -26,18 +26,9 @@ struct CrossEntropyProblem {
   double keep;     // 1 - e
   double uniform;  // e / C
 
-  // Forward results, one per row in the accumulation type; null: not wanted. The recomputing
-  // backward reads row_max and row_sum instead of writing them.
-  void* row_loss;
-  void* row_max;
-  void* row_sum;
-
-  // Backward: d loss / d logits, or d loss / d target when target_gradient. Null: not wanted.
-  void* grad;
+  void* row_loss;  // one per row in the accumulation type; null: not wanted
+  void* grad;      // d loss / d logits; null: not wanted
   Strides grad_strides;
-  bool target_gradient;
-  bool recompute;            // row_max and row_sum are given: no forward sweep
-  const void* row_upstream;  // upstream gradient per row, accumulation type, or null
 };
 
 // Gradients of float16 logits wait for their upstream factor (a GradScaler's 65536, say) as
@@ -49,6 +40,14 @@ FASTOPT_RULE float half_gradient_scale(float largest) {
   const int exponent = static_cast<int>(bit_cast<uint32_t>(largest) >> 23);  // 127 for [1, 2)
   const int scale = 127 + 13 - (exponent - 127);
   return bit_cast<float>(static_cast<uint32_t>(scale < 254 ? scale > 1 ? scale : 1 : 254) << 23);
+}
+
+// A saved gradient times an upstream gradient that may be inf or NaN: 0 in rows that are ignored,
+// and inf - inf, as in torch's formula, wherever a class has mass.
+template <class A>
+FASTOPT_RULE A times_upstream(A grad, A factor, bool ignored, bool has_mass) {
+  if (ignored) return A(0);
+  return has_mass ? grad * factor + (factor - factor) : grad * factor;
 }
 
 }  // namespace fastopt

@@ -86,7 +86,8 @@ FASTOPT_RULE RowStats<A> finish(RowStats<A> row) {
 // Adds the true class's own mass q_y = (1 - e) w_y to a class-index row.
 template <class A>
 FASTOPT_RULE RowStats<A> add_true_class(RowStats<A> row, A true_logit, A true_mass) {
-  row.dot += true_mass * (true_logit - row.max);
+  const A d = true_logit - row.max;
+  if (d != A(0)) row.dot += true_mass * d;  // an infinite weight's inf * 0 is no NaN
   row.mass += true_mass;
   return row;
 }
@@ -94,6 +95,13 @@ FASTOPT_RULE RowStats<A> add_true_class(RowStats<A> row, A true_logit, A true_ma
 template <class A>
 FASTOPT_RULE A row_loss(RowStats<A> row) {
   return row.mass * scalar_log(row.sum) - row.dot;
+}
+
+// Whether it may be the formula that made this loss inf or NaN: infinite masses, or such as are too
+// large to add up, on logits that are numbers.
+template <class A>
+FASTOPT_RULE bool is_doubtful(A loss, A sum) {
+  return loss - loss != A(0) && sum == sum;
 }
 
 // The gradient is up (softmax_factor exp(x_c - max) - q_c), with up the upstream gradient times

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy in Triton: loss, gradients of logits and of probability targets.
+"""Softmax cross-entropy in Triton: loss and gradient.
 
     loss = a log(sum_c exp(x_c - m)) - sum_c q_c (x_c - m)      d loss/d x_c = up (a p_c - q_c)
 
@@ -13,8 +13,8 @@ Arithmetic in float32 (float64 for float64), rounded once, at the store; row los
 weight are added up in float64. No atomics: the same bits every run. No value is read on the host.
 A label out of range is no address: its row becomes NaN.
 
-Order: what blocks share | total weight | loss, with its gradient | loss of all rows | gradients
-from kept statistics | scaling | plan | launchers.
+Order: what blocks share | total weight | loss, with its gradient | loss of all rows | scaling |
+plan | launchers.
 """
 
 # Kernels annotate their compile-time parameters only; Triton has no type stubs.
@@ -219,7 +219,9 @@ def _add_block(
     e = tl.exp(d)
     row_sum = row_sum * tl.exp(row_max - base) + tl.sum(e, AXIS)
     if MASS:
-        dot += mass * (old_base - base) + tl.sum(tl.where(mask, q * d, 0.0), AXIS)
+        # An infinite mass's inf * 0 is no NaN.
+        moved = tl.where(old_base == base, 0.0, mass * (old_base - base))
+        dot += moved + tl.sum(tl.where(mask & (d != 0.0), q * d, 0.0), AXIS)
         mass += tl.sum(q, AXIS)
     return new_max, row_sum, dot, mass, e
 
@@ -303,10 +305,8 @@ def _forward_kernel(
     weight_ptr,  # (classes) or None
     parts_ptr,  # (parts) float64, of the total weight; or None
     loss_ptr,  # reduction none: (rows); else (programs) float64
-    row_max_ptr,  # (rows), or None with GRADIENT
-    row_sum_ptr,
-    total_weight_ptr,  # 0-dim; written here for reduction none
-    grad_ptr,
+    grad_ptr,  # None without GRADIENT, as is what follows
+    unit_ptr,  # 0-dim float32
     scale_ptr,  # 0-dim, reference.half_gradient_scale; None: the gradient is not held in units
     rows,
     classes,
@@ -420,25 +420,27 @@ def _forward_kernel(
     # A whole row of -inf has no softmax: NaN, as in torch.
     row_sum = tl.where(row_max == -float("inf"), float("nan"), row_sum)
     if LABELS:
-        dot += true_mass * (true_logit - row_max)
+        d = true_logit - row_max
+        dot += tl.where(d == 0.0, 0.0, true_mass * d)
         mass += true_mass
     loss = tl.where(live, mass * tl.log(row_sum) - dot, 0.0)
     if REDUCTION == 0:
         tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=inside)
-        if tl.program_id(0) == 0:
-            tl.store(total_weight_ptr, rows.to(ACC))
     else:
         tl.store(loss_ptr + tl.program_id(0), tl.sum(loss.to(tl.float64), 0))
-    if not GRADIENT:
-        tl.store(row_max_ptr + row, tl.where(live, row_max, 0.0), mask=inside)
-        tl.store(row_sum_ptr + row, tl.where(live, row_sum, 1.0), mask=inside)
-    else:
-        up = tl.full([ROWS], 1.0, tl.float64)
+    if GRADIENT:
+        upstream = tl.full((), 1.0, tl.float64)
+        unit = upstream
         if REDUCTION == 1:
-            up /= _divisor(_total_weight(parts_ptr, parts, rows, LABELS, PARTS), uniform)
-        if scale_ptr is not None:  # unless the divisor makes it inf or NaN
-            up = tl.where(up - up == 0, tl.load(scale_ptr).to(tl.float64), up)
-        up = up.to(ACC)
+            upstream /= _divisor(_total_weight(parts_ptr, parts, rows, LABELS, PARTS), uniform)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr).to(tl.float64)
+            waits = upstream - upstream == 0  # not where the divisor makes it inf or NaN
+            unit = tl.where(waits, upstream / scale, unit)
+            upstream = tl.where(waits, scale, upstream)
+        if tl.program_id(0) == 0:
+            tl.store(unit_ptr, unit.to(tl.float32))
+        up = tl.full([ROWS], upstream.to(ACC), ACC)
         factor = _factor(mass, row_sum, AXIS)
         if EDGE > 1:
             edge_e = tl.exp(edge_x - tl.expand_dims(row_max, AXIS))
@@ -480,7 +482,6 @@ def _reduce_kernel(
     loss_parts_ptr,  # (count) float64
     parts_ptr,  # (parts) float64, or None
     loss_ptr,  # 0-dim
-    total_weight_ptr,  # 0-dim
     count,
     parts,
     rows,
@@ -496,134 +497,59 @@ def _reduce_kernel(
         i = first + tl.arange(0, BLOCK)
         total += tl.load(loss_parts_ptr + i, mask=i < count, other=0.0)
     loss = tl.sum(total, 0)
-    total_weight = rows.to(tl.float64)
     if REDUCTION == 1:
-        total_weight = _total_weight(parts_ptr, parts, rows, LABELS, PARTS)
-        loss /= _divisor(total_weight, uniform)
+        loss /= _divisor(_total_weight(parts_ptr, parts, rows, LABELS, PARTS), uniform)
     if loss_ptr.dtype.element_ty != tl.float64:
         loss = loss.to(tl.float32)  # no target converts float64 to bfloat16 itself
     tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
-    tl.store(total_weight_ptr, total_weight.to(total_weight_ptr.dtype.element_ty))
-
-
-# -- gradients from kept statistics -----------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["rows", "ignore_index"])
-def _backward_kernel(
-    grad_loss_ptr,  # reduction none: (rows); else 0-dim
-    logits_ptr,
-    target_ptr,
-    weight_ptr,
-    row_max_ptr,
-    row_sum_ptr,
-    total_weight_ptr,
-    grad_ptr,  # of the logits; of the probabilities with TARGET
-    rows,
-    classes,
-    positions,
-    logits_batch,
-    logits_class,
-    logits_position,
-    target_batch,
-    target_class,
-    target_position,
-    grad_batch,
-    grad_class,
-    grad_position,
-    ignore_index: tl.int64,
-    keep: tl.float64,
-    uniform: tl.float64,
-    LABELS: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    TARGET: tl.constexpr,
-    ACC: tl.constexpr,
-    UNIT: tl.constexpr,
-    AXIS: tl.constexpr,
-    IN_ENTRY: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    MASS: tl.constexpr = SMOOTHING or not LABELS
-    if AXIS == 1:
-        classes = _known_multiple(classes, UNIT)
-    row, entry, position, inside = _rows_of_program(rows, positions, ROWS, IN_ENTRY, UNIT, AXIS)
-    logits_start = _starts(entry, position, logits_batch, logits_position, UNIT, AXIS)
-    target_start = _starts(entry, position, target_batch, target_position, UNIT, AXIS)
-    grad_start = _starts(entry, position, grad_batch, grad_position, UNIT, AXIS)
-    live = inside
-    label = tl.zeros([ROWS], tl.int64)
-    true_mass = tl.zeros([ROWS], ACC)
-    if LABELS:
-        label, live, true_mass = _load_labels(
-            target_ptr, weight_ptr, row, inside, classes, ignore_index, keep, WEIGHT, ACC
-        )
-    # Only where lanes run over classes: among positions, ignored ones would break up the vectors.
-    read = tl.expand_dims(live if AXIS == 1 else inside, AXIS)
-    row_max = tl.load(row_max_ptr + row, mask=live, other=0.0)
-    row_sum = tl.load(row_sum_ptr + row, mask=live, other=1.0)
-    if REDUCTION == 0:
-        up = tl.load(grad_loss_ptr + row, mask=live, other=0.0).to(ACC)
-    else:
-        up = tl.full([ROWS], 1.0, tl.float64) * tl.load(grad_loss_ptr).to(tl.float64)
-        if REDUCTION == 1:
-            up /= _divisor(tl.load(total_weight_ptr).to(tl.float64), uniform)
-        up = up.to(ACC)
-
-    mass = true_mass
-    if MASS and not TARGET:
-        for first in range(0, classes, BLOCK):
-            c = _block_classes(first, BLOCK, AXIS)
-            mask = (c < classes) & read
-            q = _load_mass(
-                target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
-                LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
-            )  # fmt: skip
-            mass += tl.sum(q, AXIS)
-    factor = _factor(mass, row_sum, AXIS)
-    log_sum = tl.log(row_sum)
-    for first in range(0, classes, BLOCK):
-        c = _block_classes(first, BLOCK, AXIS)
-        mask = (c < classes) & read
-        x = _load_logits(
-            logits_ptr, logits_start, logits_class, c, mask, "evict_first", ACC, UNIT, AXIS
-        )
-        d = x - tl.expand_dims(row_max, AXIS)
-        if TARGET:
-            own = tl.expand_dims(up, AXIS) * tl.full([1, 1], keep, ACC)
-            if WEIGHT:
-                own = own * tl.load(weight_ptr + c, mask=c < classes, other=0.0)
-            g = own * (tl.expand_dims(log_sum, AXIS) - d)
-        else:
-            q = _load_mass(
-                target_ptr, target_start, target_class, weight_ptr, c, mask, classes, keep, uniform,
-                LABELS, WEIGHT, SMOOTHING, ACC, UNIT, AXIS,
-            )  # fmt: skip
-            g = _gradient(tl.exp(d), q, c, label, true_mass, factor, up, live, LABELS, AXIS)
-        mask = (c < classes) & tl.expand_dims(inside, AXIS)
-        _store_gradient(grad_ptr, grad_start, grad_class, c, g, mask, UNIT, AXIS)
 
 
 # -- scaling ----------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "ignore_index"])
 def _scale_kernel(
-    grad_ptr,  # (count)
-    grad_loss_ptr,  # 0-dim
+    grad_ptr,  # (count), dense
+    factor_ptr,  # 0-dim
+    target_ptr,  # int64 (rows), or None
     count,
+    classes,
+    positions,
+    grad_batch,
+    grad_class,
+    grad_position,
+    ignore_index: tl.int64,
+    SMOOTHED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A fixed number of programs, so that a factor of 1 costs an empty launch, whatever the size."""
-    factor = tl.load(grad_loss_ptr).to(ACC)
-    if factor != 1.0:
-        program = tl.program_id(0).to(tl.int64)
-        lane = tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr).to(ACC)
+    program = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    if factor - factor != 0.0:
+        # Inf or NaN (csrc/rules/cross_entropy.h), so seldom that it may take its time.
+        for first in range(program * BLOCK, count, step):
+            i = first + lane
+            inside = i < count
+            row = i // classes
+            at = grad_ptr + row // positions * grad_batch + row % positions * grad_position
+            at += i % classes * grad_class
+            g = factor * tl.load(at, mask=inside, other=0.0).to(ACC)
+            if target_ptr is None:
+                g += factor - factor
+            else:
+                label = tl.load(target_ptr + row, mask=inside, other=0)
+                if SMOOTHED:
+                    g += factor - factor
+                else:
+                    g = tl.where(label == i % classes, g + (factor - factor), g)
+                g = tl.where(label == ignore_index, 0.0, g)
+            tl.store(at, g.to(grad_ptr.dtype.element_ty), mask=inside)
+    elif factor != 1.0:
         whole = count // BLOCK * BLOCK
-        for first in range(program * BLOCK, whole, tl.num_programs(0).to(tl.int64) * BLOCK):
+        for first in range(program * BLOCK, whole, step):
             at = grad_ptr + first + lane  # without a mask, so in vectors whatever the count
             tl.store(at, (factor * tl.load(at).to(ACC)).to(grad_ptr.dtype.element_ty))
         if program == 0:
@@ -657,16 +583,15 @@ _SCALE_BLOCK = 4096
 
 
 def _config(
-    classes: int, class_axis: int, itemsize: int, dense: bool, recompute: bool, edges: bool = False
+    classes: int, class_axis: int, itemsize: int, dense: bool, edges: bool = False
 ) -> Config:
-    """Block and warps of the forward (recompute: backward) kernel. No hardware has timed these.
+    """Block and warps of the forward kernel. No hardware has timed these.
 
     Args:
         classes: C.
         class_axis: of a block: 1 where classes are contiguous, so that lanes run over them.
         itemsize: bytes of a logit.
         dense: every class carries target mass, so a block holds q next to x.
-        recompute: no element outlives its block: small blocks, several programs an SM.
         edges: rows do not begin and end with 16-byte words, which takes registers.
     """
     registers = (2 if itemsize == 8 else 1) * (2 if dense else 1)  # of one element
@@ -680,15 +605,12 @@ def _config(
         rows = max(rows, min(2048 // block, 128))
         return Config(rows, block, _warps(rows * block, 32 if block > 64 else 16), False)
     # One program of 16 warps fills an SM: 128 registers a thread, 64 of them the row.
-    limit = 4096 if recompute else 32768 // registers // (2 if edges else 1)
+    limit = 32768 // registers // (2 if edges else 1)
     if block > limit:
-        if recompute:
-            return Config(1, limit, 8, True)
         # More than 32 registers a thread in 32 warps, so that one row an SM is in flight: 132 rows
         # of 128k bfloat16 are 34 MB, and the second sweep finds them in L2. (A program of 64-wide
         # wavefronts cannot have more than 16.)
-        block = 32768 // registers // (2 if edges else 1)
-        return Config(1, block, 16 if torch.version.hip else 32, True)
+        return Config(1, limit, 16 if torch.version.hip else 32, True)
     # Short rows share a program, which adds up 2 KB of label counts whatever it holds.
     rows = max(1, (4096 if block < 128 else 2048) // block)
     return Config(rows, block, _warps(rows * block, 16 if rows * block <= 8192 else 32), False)
@@ -784,9 +706,7 @@ class _Call:
     def scalar(self, dtype: torch.dtype) -> Tensor:
         return torch.empty((), dtype=dtype, device=self.logits.device)
 
-    def plan(
-        self, grad: Tensor | None, recompute: bool
-    ) -> tuple[Config, int, int, dict[str, object]]:
+    def plan(self, grad: Tensor | None) -> tuple[Config, int, int, dict[str, object]]:
         """The configuration, `_edge`, the number of programs, and the arguments that follow."""
         strides = [self.logits_strides, self.target_strides]
         strides.append(_Strides(0, 0, 0) if grad is None else _viewed(grad)[1])
@@ -803,10 +723,10 @@ class _Call:
         class_axis = int(self.classes == 1 or all(s.cls == 1 for _, s in used))
         unit = _unit(self.classes, positions, strides, class_axis)
         edge = 1
-        if not recompute and all(t.data_ptr() % 16 == 0 for t, _ in used):
+        if all(t.data_ptr() % 16 == 0 for t, _ in used):
             edge = _edge(self.classes, [s for _, s in used], class_axis, itemsize, unit)
         dense = smoothing or not self.labels
-        config = _config(self.classes, class_axis, itemsize, dense, recompute, edge > 1)
+        config = _config(self.classes, class_axis, itemsize, dense, edge > 1)
         in_entry = positions >= config.rows or positions == self.rows
         if in_entry:
             programs = self.rows // positions * triton.cdiv(positions, config.rows)
@@ -858,12 +778,11 @@ class _Call:
         )
         return result
 
-    def reduce(self, loss_parts: Tensor, parts: Tensor | None, loss: Tensor, total: Tensor) -> None:
+    def reduce(self, loss_parts: Tensor, parts: Tensor | None, loss: Tensor) -> None:
         _reduce_kernel[(1,)](
             loss_parts,
             parts,
             loss,
-            total,
             loss_parts.numel(),
             0 if parts is None else parts.numel(),
             self.rows,
@@ -905,15 +824,13 @@ def cross_entropy_forward(
     label_smoothing: float,
     reduction: int,
     loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tensor:
     call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
     if logits.numel() == 0:
         return reference.cross_entropy_forward(
             logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
         )
-    row_max, row_sum = call.rows_tensor(call.accumulate), call.rows_tensor(call.accumulate)
-    loss, total_weight = _forward(call, loss_dtype, row_max, row_sum, None)
-    return loss, row_max, row_sum, total_weight
+    return _forward(call, loss_dtype)
 
 
 def cross_entropy_forward_backward(
@@ -932,34 +849,30 @@ def cross_entropy_forward_backward(
             logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
         )
     grad_logits = reference.empty_gradient(logits)
-    unit = torch.ones((), dtype=torch.float32, device=logits.device)
-    if logits.dtype != torch.float16:
-        return _forward(call, loss_dtype, None, None, grad_logits)[0], grad_logits, unit
-    if largest_mass is not None:
+    unit = call.scalar(torch.float32)
+    scale = None
+    if logits.dtype == torch.float16:
+        if largest_mass is None:
+            largest_mass = torch.ones_like(unit)
         _check(
             largest_mass.numel() == 1 and largest_mass.device == logits.device,
             "largest_mass must be one number on the device of logits",
         )
-    scale = reference.half_gradient_scale(unit if largest_mass is None else largest_mass)
-    loss, total_weight = _forward(call, loss_dtype, None, None, grad_logits, scale)
-    upstream = 1 / reference._divisor(total_weight, label_smoothing) if reduction == 1 else unit
-    return loss, grad_logits, reference.unit_of(upstream, scale)
+        scale = reference.half_gradient_scale(largest_mass)
+    return _forward(call, loss_dtype, grad_logits, unit, scale), grad_logits, unit
 
 
 def _forward(
     call: _Call,
     loss_dtype: torch.dtype,
-    row_max: Tensor | None,
-    row_sum: Tensor | None,
-    grad_logits: Tensor | None,
+    grad_logits: Tensor | None = None,
+    unit: Tensor | None = None,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the total weight."""
+) -> Tensor:
     _check(loss_dtype in _DTYPES, "the loss must be float32, float64, bfloat16 or float16")
-    config, edge, programs, arguments = call.plan(grad_logits, recompute=False)
+    config, edge, programs, arguments = call.plan(grad_logits)
     with torch.cuda.device_of(call.logits):
         parts = call.total_weight_parts()
-        total_weight = call.scalar(call.accumulate)
         if call.reduction == 0:
             loss = loss_parts = call.rows_tensor(loss_dtype)
         else:
@@ -971,10 +884,8 @@ def _forward(
             call.weight,
             parts,
             loss_parts,
-            row_max,
-            row_sum,
-            total_weight,
             grad_logits,
+            unit,
             scale,
             parts=0 if parts is None else parts.numel(),
             GRADIENT=grad_logits is not None,
@@ -984,116 +895,45 @@ def _forward(
             **arguments,
         )
         if call.reduction != 0:
-            call.reduce(loss_parts, parts, loss, total_weight)
-    return loss, total_weight
-
-
-def cross_entropy_backward(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    row_max: Tensor,
-    row_sum: Tensor,
-    total_weight: Tensor,
-) -> Tensor:
-    call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
-    grad_logits = reference.empty_gradient(logits)
-    return _backward(call, grad_loss, row_max, row_sum, total_weight, grad_logits, of_target=False)
-
-
-def cross_entropy_backward_target(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    row_max: Tensor,
-    row_sum: Tensor,
-    total_weight: Tensor,
-) -> Tensor:
-    call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
-    _check(not call.labels, "only probabilities have a gradient")
-    grad_target = reference.empty_gradient(target)
-    return _backward(call, grad_loss, row_max, row_sum, total_weight, grad_target, of_target=True)
-
-
-def _backward(
-    call: _Call,
-    grad_loss: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    total_weight: Tensor,
-    grad: Tensor,
-    of_target: bool,
-) -> Tensor:
-    """Fills `grad` and returns it."""
-    for tensor in (grad_loss, row_max, row_sum, total_weight):
-        _check(tensor.device == call.logits.device, "every tensor must be on one device")
-    for tensor in (row_max, row_sum):
-        _check(
-            tensor.shape == call.row_shape and tensor.dtype == call.accumulate,
-            "row_max and row_sum must be those of the forward pass",
-        )
-    _check(
-        total_weight.numel() == 1 and total_weight.dtype == call.accumulate,
-        "total_weight must be that of the forward pass",
-    )
-    _check(
-        grad_loss.dtype in _DTYPES
-        and (grad_loss.shape == call.row_shape if call.reduction == 0 else grad_loss.numel() == 1),
-        "grad_loss must have the shape of the loss",
-    )
-    if grad.numel() == 0:
-        return grad
-    _, _, programs, arguments = call.plan(grad, recompute=True)
-    with torch.cuda.device_of(call.logits):
-        _backward_kernel[(programs,)](
-            grad_loss.contiguous(),
-            call.logits,
-            call.target,
-            call.weight,
-            row_max.contiguous(),
-            row_sum.contiguous(),
-            total_weight,
-            grad,
-            TARGET=of_target,
-            **arguments,
-        )
-    return grad
+            call.reduce(loss_parts, parts, loss)
+    return loss
 
 
 def cross_entropy_scale_(
     grad_logits: Tensor,  # dense, in any order of its dimensions
     factor: Tensor,  # 0-dim, or one for each row; on the device of grad_logits
+    target: Tensor,
+    ignore_index: int,
+    smoothed: bool,
 ) -> None:
     """Multiplies in place; a factor of 1 touches no memory."""
-    _check(
-        grad_logits.dtype in _DTYPES and factor.dtype in _DTYPES,
-        "gradients must be float32, float64, bfloat16 or float16",
-    )
+    call = _Call(grad_logits, target, None, ignore_index, 0.0, 2)
+    _check(factor.dtype in _DTYPES, "factor must be floating point")
     _check(factor.device == grad_logits.device, "every tensor must be on one device")
     if factor.numel() != 1:
-        dim = min(grad_logits.dim() - 1, 1)
-        rows = grad_logits.shape[:dim] + grad_logits.shape[dim + 1 :]
-        _check(factor.shape == rows, "factor must be one number, or one for each row")
-        reference.cross_entropy_scale_(grad_logits, factor)  # one pass, as ours would be
+        _check(factor.shape == call.row_shape, "factor must be one number, or one for each row")
+        # One pass, as ours would be.
+        reference.cross_entropy_scale_(grad_logits, factor, target, ignore_index, smoothed)
         return
     count = grad_logits.numel()
     if count == 0:
         return
-    _check(_is_dense(grad_logits), "grad_logits must be dense")
+    _check(
+        _is_dense(grad_logits) and call.logits is grad_logits,
+        "grad_logits must be dense, in a layout of the ops' own",
+    )
     with torch.cuda.device_of(grad_logits):
         _scale_kernel[(min(triton.cdiv(count, _SCALE_BLOCK), _SCALE_PROGRAMS),)](
             grad_logits,
             factor,
+            call.target if call.labels else None,
             count,
-            ACC=tl.float64 if grad_logits.dtype == torch.float64 else tl.float32,
+            call.classes,
+            call.positions,
+            *call.logits_strides,
+            ignore_index,
+            SMOOTHED=smoothed,
+            ACC=_TRITON[call.accumulate],
             BLOCK=_SCALE_BLOCK,
             num_warps=8,
             enable_fp_fusion=False,

@@ -32,18 +32,18 @@ extern "C" {
 struct EmulatedCall {
   int64_t batch, classes, positions;
   int64_t logits_strides[3], target_strides[3], grad_strides[3];
-  int64_t logits_type, target_type, loss_type, grad_loss_type;
+  int64_t logits_type, target_type, loss_type;
   int64_t ignore_index;
   double smoothing;
   int64_t mean;
-  int64_t target_gradient, recompute, in_units;
+  int64_t in_units;
   // device limits
   int64_t sm_count, shared_per_block, shared_per_sm, clusters;
   int64_t descending;
-  const void *logits, *probabilities, *weight, *row_upstream, *grad_loss, *kept_weight;
+  const void *logits, *probabilities, *weight;
   const float* largest_mass;
   const int64_t* labels;
-  void *row_loss, *row_max, *row_sum, *grad, *loss, *total_weight;
+  void *row_loss, *grad, *loss;
   float* unit;
   double* workspace;  // exactly as long as the launcher has it
 };
@@ -74,22 +74,12 @@ static CrossEntropyParams params_of(const EmulatedCall& call) {
   p.uniform = call.classes > 0 ? call.smoothing / static_cast<double>(call.classes) : 0;
   p.known_smoothing = call.smoothing;
   p.row_loss = call.row_loss;
-  p.row_max = call.row_max;
-  p.row_sum = call.row_sum;
   p.grad = call.grad;
   p.grad_strides = strides_of(call.grad_strides);
-  p.target_gradient = call.target_gradient != 0;
-  p.recompute = call.recompute != 0;
-  p.row_upstream = call.row_upstream;
   p.weight = call.weight;
   p.mean = call.mean != 0;
-  p.kept_weight = call.kept_weight;
-  p.known_weight = call.labels != nullptr ? 0 : static_cast<double>(call.batch * call.positions);
-  p.grad_loss = call.grad_loss;
-  p.grad_loss_type = static_cast<Element>(call.grad_loss_type);
   p.loss = call.loss;
   p.loss_type = static_cast<Element>(call.loss_type);
-  p.total_weight = call.total_weight;
   p.in_units = call.in_units != 0;
   p.largest_mass = call.largest_mass;
   p.unit = call.unit;
@@ -127,13 +117,15 @@ int fastopt_cross_entropy(const EmulatedCall* call) {
   });
 }
 
-int fastopt_scale(void* values, int64_t count, int64_t type, const void* factor,
-                  int64_t factor_type, int64_t blocks, int64_t descending) {
+int fastopt_scale(const EmulatedCall* call, int64_t smoothed, const void* factor,
+                  int64_t factor_type, int64_t blocks) {
   return guarded([&] {
-    const ScaleParams p{values, count, factor, static_cast<Element>(factor_type)};
-    with_element(static_cast<Element>(type), [&](auto element) {
+    const CrossEntropyParams problem = params_of(*call);
+    const ScaleParams p{problem, smoothed != 0, factor, static_cast<Element>(factor_type)};
+    with_element(problem.logits_type, [&](auto element) {
       using T = typename decltype(element)::type;
-      emulate(blocks, kParcelThreads, 0, 1, descending != 0, [=] { cross_entropy_scale<T>(p); });
+      emulate(blocks, kParcelThreads, 0, 1, call->descending != 0,
+              [=] { cross_entropy_scale<T>(p); });
     });
   });
 }

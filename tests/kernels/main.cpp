@@ -149,9 +149,6 @@ struct Case {
   std::string name;
 };
 
-// What is wanted of a call.
-enum class Ask { loss, gradient, recomputed, target };
-
 template <class T, class TT>
 class CrossEntropyCase {
   using A = Acc<T>;
@@ -162,7 +159,7 @@ class CrossEntropyCase {
   std::vector<TT> probabilities;
   std::vector<int64_t> labels;
   std::vector<A> own, shared;  // weighted masses
-  std::vector<A> row_upstream, row_loss, row_max, row_sum;
+  std::vector<A> row_loss;
   CrossEntropyParams p{};
   // Of the formula.
   struct Row {
@@ -214,19 +211,13 @@ class CrossEntropyCase {
       p.labels = labels.data();
     }
     row_loss.resize(rows);
-    row_max.resize(rows);
-    row_sum.resize(rows);
-    for (int64_t r = 0; r < rows; ++r) row_upstream.push_back(static_cast<A>(uniform(-2, 2)));
     exps.resize(count);
     for (int64_t r = 0; r < rows; ++r) exact.push_back(exact_row(r));
   }
 
   void run() {
-    compute(Ask::loss, nullptr);
-    compute(Ask::gradient, nullptr);
-    // After a forward pass, which has kept row_max and row_sum.
-    compute(Ask::recomputed, row_upstream.data());
-    if (c.probabilities) compute(Ask::target, row_upstream.data());
+    compute(/*with_gradient=*/false);
+    compute(/*with_gradient=*/true);
   }
 
  private:
@@ -263,21 +254,12 @@ class CrossEntropyCase {
     return row;
   }
 
-  void compute(Ask ask, const A* upstream) {
-    const bool of_target = ask == Ask::target;
-    std::vector<T> grad(logits.size(), stored<T>(7));
-    std::vector<TT> target_grad(of_target ? logits.size() : 0, stored<TT>(7));
-    p.row_upstream = upstream;
-    p.grad = ask == Ask::loss ? nullptr
-             : of_target      ? static_cast<void*>(target_grad.data())
-                              : static_cast<void*>(grad.data());
-    p.target_gradient = of_target;
-    p.recompute = ask == Ask::recomputed || of_target;
+  void compute(bool with_gradient) {
+    std::vector<T> grad(with_gradient ? logits.size() : 0, stored<T>(7));
+    p.grad = with_gradient ? grad.data() : nullptr;
     p.row_loss = row_loss.data();
-    p.row_max = row_max.data();
-    p.row_sum = row_sum.data();
     const double total = launch();
-    compare(ask, grad, target_grad, total);
+    compare(grad, total);
   }
 
   double launch() {
@@ -294,7 +276,7 @@ class CrossEntropyCase {
           p.positions >= p.tile_rows ? p.batch * ((p.positions + 63) / 64) : (rows + 63) / 64;
       partial.resize(tasks);
       p.partial_loss = partial.data();
-      const int64_t row_arrays = 8 + 8 / static_cast<int64_t>(sizeof(A));
+      const int64_t row_arrays = 10 + 8 / static_cast<int64_t>(sizeof(A));
       with_scratch(64 * row_arrays + 2 * p.tile_classes * (64 + 64), [&](void* scratch) {
         FASTOPT_DISPATCH(cross_entropy_tiles, p, 0, tasks, scratch);
       });
@@ -304,7 +286,7 @@ class CrossEntropyCase {
       partial.resize(rows);
       p.partial_loss = partial.data();
       p.segment_stats = stats.data();
-      if (!p.recompute) FASTOPT_DISPATCH(cross_entropy_segment_stats, p, 0, rows * p.segments);
+      FASTOPT_DISPATCH(cross_entropy_segment_stats, p, 0, rows * p.segments);
       FASTOPT_DISPATCH(cross_entropy_merge_segments, p);
       if (p.grad != nullptr)
         FASTOPT_DISPATCH(cross_entropy_segment_gradients, p, 0, rows * p.segments);
@@ -333,8 +315,8 @@ class CrossEntropyCase {
   // lanes (rows), groups of 16 (tiles), a few more for the pairs, parts and tails.
   int64_t additions() const { return 30 + (c.way == Way::tiles ? c.classes / 16 : 0); }
 
-  void compare(Ask ask, const std::vector<T>& grad, const std::vector<TT>& target_grad,
-               double total) const {
+  // grad: empty where it was not asked for.
+  void compare(const std::vector<T>& grad, double total) const {
     const Exact u = std::ldexp(Exact(1), -Format<A>::digits);
     Exact exact_total = 0, total_budget = 0;
     for (int64_t r = 0; r < rows; ++r) {
@@ -342,46 +324,32 @@ class CrossEntropyCase {
         return [this, r, part] { return what + ", row " + std::to_string(r) + ": " + part; };
       };
       if (ignored(r)) {
-        if (!p.recompute) check(row_loss[r] == 0, named("the loss of an ignored row"));
-        for (int64_t k = 0; k < c.classes && ask != Ask::loss; ++k)
+        check(row_loss[r] == 0, named("the loss of an ignored row"));
+        for (int64_t k = 0; k < c.classes && !grad.empty(); ++k)
           check(value_of(grad[offset(r, k)]) == 0, named("the gradient of an ignored row"));
         continue;
       }
       const Row& row = exact[r];
       const Exact log_sum = std::log(row.sum);
       const Exact sum_error = (kExp + additions() + row.argument) * u;
-      if (!p.recompute) {
-        const Exact loss = row.mass * log_sum - row.dot;
-        const Exact budget = row.mass * (sum_error + 4 * u * (1 + log_sum)) +
-                             (kTerm + additions()) * u * (row.size + row.mass * log_sum);
-        near<A>(row_loss[r], loss, budget, named("loss"));
-        check(row_max[r] == row.max, named("maximum"));
-        near<A>(row_sum[r], row.sum, sum_error * row.sum, named("sum"));
-        exact_total += loss;
-        total_budget += budget + u * std::fabs(loss);
-      }
-      if (ask == Ask::loss) continue;
-      const Exact up = p.row_upstream != nullptr ? Exact(0.75) * row_upstream[r] : Exact(0.75);
+      const Exact loss = row.mass * log_sum - row.dot;
+      const Exact budget = row.mass * (sum_error + 4 * u * (1 + log_sum)) +
+                           (kTerm + additions()) * u * (row.size + row.mass * log_sum);
+      near<A>(row_loss[r], loss, budget, named("loss"));
+      exact_total += loss;
+      total_budget += budget + u * std::fabs(loss);
+      if (grad.empty()) continue;
       for (int64_t k = 0; k < c.classes; ++k) {
         const int64_t at = offset(r, k);
-        const Exact distance = row.max - logit(r, k);
-        if (ask == Ask::target) {
-          const Exact keep = c.weighted ? Exact(own[k]) : Exact(static_cast<A>(p.keep));
-          near<TT>(target_grad[at], up * keep * (log_sum + distance),
-                   std::fabs(up * keep) * (sum_error + 8 * u * (1 + log_sum + distance)),
-                   named("gradient of a probability"));
-        } else {
-          const Exact softmax = row.mass * exps[at] / row.sum, q = mass(r, k);
-          const Exact relative = sum_error + (kExp + kStore + additions() + distance) * u;
-          near<T>(grad[at], up * (softmax - q),
-                  std::fabs(up) * (softmax * relative + (kTerm + kStore) * u * q),
-                  named("gradient of a logit"));
-        }
+        const Exact distance = row.max - logit(r, k), up = p.upstream;
+        const Exact softmax = row.mass * exps[at] / row.sum, q = mass(r, k);
+        const Exact relative = sum_error + (kExp + kStore + additions() + distance) * u;
+        near<T>(grad[at], up * (softmax - q),
+                std::fabs(up) * (softmax * relative + (kTerm + kStore) * u * q),
+                named("gradient of a logit"));
       }
     }
-    if (!p.recompute)
-      check(std::fabs(total - exact_total) <= total_budget,
-            [this] { return what + ": all losses"; });
+    check(std::fabs(total - exact_total) <= total_budget, [this] { return what + ": all losses"; });
   }
 
   // |ours - exact| within the budget and one rounding to S. Below its smallest normal number exp
