@@ -127,8 +127,9 @@ def cross_entropy(
             row's gradient are NaN.
         Whatever torch.nn.functional.cross_entropy raises for the same arguments.
 
-    Differences from stock, all on the side of accuracy: half precision accumulates and counts in
-    float32 and rounds once; rows that are ignored get gradient 0 even where their logits are NaN.
+    Differences from stock: half precision accumulates and counts in float32 and rounds once; rows that
+    are ignored get gradient 0 even where their logits are NaN; the gradient has the strides of the
+    logits where those are dense (channels_last, say), stock's is always contiguous.
     """
     if torch.jit.is_scripting():
         return _stock(
