@@ -851,7 +851,10 @@ def test_bf16_vocabularies_stay_on_chip(emulation: ctypes.CDLL, classes: int, cl
 # -- what nvcc makes of it --------------------------------------------------------------------------
 
 NVCC = shutil.which("nvcc")
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# Compiled by different workers of pytest-xdist, each once.
+ARCHITECTURES = [
+    pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("sm_80", "sm_90", "sm_100")
+]
 
 
 def newest_source() -> float:
