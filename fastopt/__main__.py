@@ -81,7 +81,7 @@ def report() -> str:
     kernels += [["fastopt.SGD", *map(sgd_kernel, DEVICES)]]
     kernels += [
         [f"torch.ops.fastopt.{op}", *(op_kernel(op, device) for device in DEVICES)]
-        for op in ops.OPS
+        for op in ops.SCHEMAS
     ]
     environment = [
         [name, os.environ.get(name, f"not set: {meaning}")] for name, meaning in ENVIRONMENT.items()

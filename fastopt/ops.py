@@ -40,45 +40,37 @@ if BACKEND not in (None, "cuda", "triton", "reference"):
 # SymInt: torch.compile would compile anew for every other int.
 _OPTIONS = "Tensor? weight, SymInt ignore_index, float label_smoothing, int reduction"
 
-library = torch.library.Library("fastopt", "DEF")
 # logits: (C), (N, C) or (N, C, d1, ...). target: int64 class indices (N, d1, ...), or probabilities
 # shaped like logits. weight: (C), in the accumulation type (float32; float64 for float64 logits).
 # reduction: 0 none, 1 mean, 2 sum.
-library.define(
-    f"cross_entropy_forward(Tensor logits, Tensor target, {_OPTIONS}, ScalarType loss_dtype)"
-    " -> Tensor loss"
-)
-# grad_logits * unit is the gradient for an upstream gradient of 1 (with reduction none, of each row's
-# loss). unit: 0-dim, float32; 1 but for float16 logits, whose gradient for 1 would lose most of its
-# elements: it waits for the upstream gradient as multiples of a power of two, times what the mean
-# divides by. largest_mass: 0-dim, float32, what no row's sum of |target mass| exceeds (1 where it is
-# not given); of float16 logits only.
-library.define(
-    f"cross_entropy_forward_backward(Tensor logits, Tensor target, {_OPTIONS},"
+SCHEMAS = {
+    "cross_entropy_forward": f"(Tensor logits, Tensor target, {_OPTIONS}, ScalarType loss_dtype)"
+    " -> Tensor loss",
+    # grad_logits * unit is the gradient for an upstream gradient of 1 (with reduction none, of each
+    # row's loss). unit: 0-dim, float32; 1 but for float16 logits, whose gradient for 1 would lose most
+    # of its elements: it waits for the upstream gradient as multiples of a power of two, times what the
+    # mean divides by. largest_mass: 0-dim, float32, what no row's sum of |target mass| exceeds (1 where
+    # it is not given); of float16 logits only.
+    "cross_entropy_forward_backward": f"(Tensor logits, Tensor target, {_OPTIONS},"
     " ScalarType loss_dtype, Tensor? largest_mass=None)"
-    " -> (Tensor loss, Tensor grad_logits, Tensor unit)"
-)
-# In place, by an upstream gradient that stays on the device: one, where 1 costs nothing noticeable, or
-# (on CPU) one for each row. Where it is inf or NaN, ignored rows are 0 and what has mass is NaN: the true
-# class, or all of them (smoothed, or probabilities).
-library.define(
-    "cross_entropy_scale_(Tensor(a!) grad_logits, Tensor factor, Tensor target, SymInt ignore_index,"
-    " bool smoothed) -> ()"
-)
+    " -> (Tensor loss, Tensor grad_logits, Tensor unit)",
+    # In place, by an upstream gradient that stays on the device: one, where 1 costs nothing noticeable,
+    # or (on CPU) one for each row. Where it is inf or NaN, ignored rows are 0 and what has mass is NaN:
+    # the true class, or all of them (smoothed, or probabilities).
+    "cross_entropy_scale_": "(Tensor(a!) grad_logits, Tensor factor, Tensor target,"
+    " SymInt ignore_index, bool smoothed) -> ()",
+}
+
+library = torch.library.Library("fastopt", "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema)
+    torch.library.impl(f"fastopt::{_name}", "default", getattr(reference, _name), lib=library)
 # What backward makes of a saved gradient (loss.py), for compilers: opaque, as torch's takes the buffers
 # of a graph that is kept for its own and writes over them in place of a product.
 library.define(
     "cross_entropy_times(Tensor grad_logits, Tensor grad_loss, Tensor? unit, Tensor target,"
     " SymInt ignore_index, bool smoothed, int reduction) -> Tensor"
 )
-
-OPS = (
-    "cross_entropy_forward",
-    "cross_entropy_forward_backward",
-    "cross_entropy_scale_",
-)
-for _name in OPS:
-    torch.library.impl(f"fastopt::{_name}", "default", getattr(reference, _name), lib=library)
 
 
 class MissingKernelsWarning(UserWarning):
@@ -281,7 +273,7 @@ def _triton_launcher(name: str) -> Callable[..., Any]:
 
 
 if GPU_FAMILY == "triton":
-    for _name in OPS:
+    for _name in SCHEMAS:
         torch.library.impl(f"fastopt::{_name}", "CUDA", _triton_launcher(_name), lib=library)
 
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,7 @@ from cross_entropy_cases import (
     make_target,
     offset,
 )
-from fastopt import reference
+from fastopt import ops, reference
 from fastopt.loss import _largest_mass
 
 pytestmark = pytest.mark.xdist_group("cross_entropy_cuda")
@@ -54,36 +53,14 @@ ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16
 # -- the library ------------------------------------------------------------------------------------
 
 
-class EmulatedCall(ctypes.Structure):
-    """Mirrors the struct of the same name in tests/emulation/cross_entropy.cpp."""
+class Plan(ctypes.Structure):
+    """Mirrors PlanOut in tests/emulation/cross_entropy.cpp."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "classes", "positions")),
-        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("logits", "target", "grad")),
-        *((f"{name}_type", ctypes.c_int64) for name in ("logits", "target", "loss")),
-        ("ignore_index", ctypes.c_int64),
-        ("smoothing", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("mean", "in_units")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("sm_count", "shared_per_block", "shared_per_sm", "clusters", "descending")
-        ),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("logits", "probabilities", "weight", "largest_mass", "labels"),
-                *("row_loss", "grad", "loss", "unit", "workspace"),
-            )
-        ),
-    ]
-
-
-class EmulatedPlan(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             *("kernel", "held", "threads", "lanes", "adjacent", "cluster", "slice", "shared_bytes"),
-            *("blocks", "workspace_doubles"),
+            "blocks",
         )
     ]
 
@@ -93,7 +70,8 @@ PACKED, ROWS, STRIDED = range(3)
 
 @pytest.fixture(scope="session")
 def emulation() -> ctypes.CDLL:
-    """The kernels compiled for the CPU; under FASTOPT_SANITIZE=1 with sanitizers."""
+    """The CUDA launcher and its kernels compiled for the CPU, as torch.ops.fastopt_emulated; under
+    FASTOPT_SANITIZE=1 with sanitizers."""
     source = ROOT / "tests/emulation/cross_entropy.cpp"
     name = "cross_entropy_sanitize.so" if SANITIZE else "cross_entropy.so"
     library = ROOT / "build/emulation" / name
@@ -103,26 +81,28 @@ def emulation() -> ctypes.CDLL:
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}.tmp")
         flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZE else []
+        include = Path(torch.__file__).parent / "include"
         subprocess.run(
             [
                 *("g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *flags),
-                *(
-                    "-fPIC",
-                    "-shared",
-                    "-U_FORTIFY_SOURCE",
-                    "-DFASTOPT_EMULATED",
-                    "-Icsrc",
-                    "-Itests/emulation",
-                ),
+                *("-fPIC", "-shared", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
+                *("-DFASTOPT_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+                *("-Icsrc", "-Itests/emulation", "-isystem", str(include)),
+                *("-isystem", str(include / "torch/csrc/api/include")),
                 *(str(source), "-o", str(unfinished)),
+                *(f"-L{include.parent / 'lib'}", "-ltorch_cpu"),
             ],
             cwd=ROOT,
             check=True,
         )
         os.replace(unfinished, library)
-    loaded = ctypes.CDLL(str(library))
-    loaded.fastopt_failure.restype = ctypes.c_char_p
-    return loaded
+    for name, schema in ops.SCHEMAS.items():
+        DEFINITIONS.define(name + schema)
+    torch.ops.load_library(library)
+    return ctypes.CDLL(str(library))
+
+
+DEFINITIONS = torch.library.Library("fastopt_emulated", "DEF")
 
 
 # -- devices ----------------------------------------------------------------------------------------
@@ -153,17 +133,19 @@ def tiny(shared: int, clusters: bool = True) -> Device:
 
 
 class Guarded:
-    """A tensor between bytes that nobody may write."""
+    """A gradient between bytes that nobody may write. The sanitizers guard all other outputs."""
 
     MARGIN, PATTERN = 64, 0xA5
 
-    def __init__(self, sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype):
-        last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-        self.bytes = (last + 1 if math.prod(sizes) else 0) * dtype.itemsize
+    def __init__(self, like: Tensor):
+        layout = reference.empty_gradient(like)
+        strides = zip(layout.shape, layout.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in strides)
+        self.bytes = (last + 1 if layout.numel() else 0) * layout.element_size()
         self.buffer = torch.full((self.bytes + 2 * self.MARGIN,), self.PATTERN, dtype=torch.uint8)
         inside = self.buffer[self.MARGIN : self.MARGIN + self.bytes]
         inside.fill_(0xFF)  # NaN: what is not written shows
-        self.tensor = inside.view(dtype).as_strided(sizes, strides)
+        self.tensor = inside.view(like.dtype).as_strided(layout.shape, layout.stride())
 
     def check(self) -> Tensor:
         guards = [self.buffer[: self.MARGIN], self.buffer[self.MARGIN + self.bytes :]]
@@ -171,8 +153,14 @@ class Guarded:
         return self.tensor
 
 
-def contiguous_guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Guarded:
-    return Guarded(shape, torch.empty(shape, device="meta").stride(), dtype)
+@dataclass
+class FarGradient:
+    """Elements far apart, in place of a Guarded."""
+
+    tensor: Tensor
+
+    def check(self) -> Tensor:
+        return self.tensor
 
 
 def view_strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -185,119 +173,77 @@ def view_strides(tensor: Tensor) -> tuple[int, int, int]:
 
 @dataclass
 class Emulation:
-    """Calls the kernels as the launcher does, on an invented or a real device."""
+    """Calls the ops on an invented or a real device."""
 
     library: ctypes.CDLL
     device: Device
     descending: bool = False
-    plans: list[EmulatedPlan] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
 
     def _call(
         self,
+        op: str,
         logits: Tensor,
         target: Tensor,
+        loss_dtype: torch.dtype,
+        reduction: str,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        **fields: object,
-    ) -> EmulatedCall:
-        dim = class_dim(logits)
-        call = EmulatedCall()
-        call.batch = 1 if logits.dim() == 1 else logits.shape[0]
-        call.classes = logits.shape[dim]
-        call.positions = math.prod(logits.shape[2:])
-        call.logits, call.logits_type = logits.data_ptr(), ELEMENTS[logits.dtype]
-        call.logits_strides[:] = view_strides(logits)
-        if target.is_floating_point():
-            call.probabilities, call.target_type = target.data_ptr(), ELEMENTS[target.dtype]
-            call.target_strides[:] = view_strides(target)
-        else:
-            assert target.is_contiguous()
-            call.labels = target.data_ptr()
-        call.weight = None if weight is None else weight.data_ptr()
-        call.ignore_index = ignore_index
-        call.smoothing = 0.0 if math.isnan(label_smoothing) else max(label_smoothing, 0.0)
-        call.mean = reduction == "mean"
-        call.descending = self.descending
-        for name in ("sm_count", "shared_per_block", "shared_per_sm", "clusters"):
-            setattr(call, name, getattr(self.device, name))
-        for name, value in fields.items():
-            setattr(call, name, value)
-        return call
+        **more: Tensor | None,
+    ) -> object:
+        self.use()
+        result = getattr(torch.ops.fastopt_emulated, op)(
+            *(logits, target, weight, ignore_index, label_smoothing),
+            *(("none", "mean", "sum").index(reduction), loss_dtype),
+            **more,
+        )
+        self.plans.append(Plan())
+        self.library.fastopt_last_plan(ctypes.byref(self.plans[-1]))
+        return result
 
-    def _run(self, call: EmulatedCall) -> None:
-        merge_positions(call)
-        plan = EmulatedPlan()
-        assert self.library.fastopt_plan(ctypes.byref(call), ctypes.byref(plan)) == 0
-        self.plans.append(plan)
-        workspace = contiguous_guarded((plan.workspace_doubles,), torch.float64)
-        call.workspace = workspace.tensor.data_ptr()
-        failed = self.library.fastopt_cross_entropy(ctypes.byref(call))
-        assert not failed, self.library.fastopt_failure().decode()
-        workspace.check()
+    def use(self) -> None:
+        set_device(self.library, self.device, self.descending)
 
     def forward(
         self, logits: Tensor, target: Tensor, loss_dtype: torch.dtype, **options: object
     ) -> Tensor:
-        call = self._call(logits, target, **options)
-        loss = self._loss_of(call, logits, loss_dtype, options["reduction"])
-        self._run(call)
-        return loss.check().to(loss_dtype)
-
-    @staticmethod
-    def _loss_of(
-        call: EmulatedCall, logits: Tensor, loss_dtype: torch.dtype, reduction: object
-    ) -> Guarded:
-        if reduction == "none":
-            rows = logits.shape[:0] if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
-            loss = contiguous_guarded(rows, accumulate_dtype(logits))
-            call.row_loss = loss.tensor.data_ptr()
-        else:
-            loss = contiguous_guarded((), loss_dtype)
-            call.loss, call.loss_type = loss.tensor.data_ptr(), ELEMENTS[loss_dtype]
-        return loss
+        return self._call("cross_entropy_forward", logits, target, loss_dtype, **options)
 
     def forward_backward(
-        self, logits: Tensor, target: Tensor, loss_dtype: torch.dtype, **options: object
+        self,
+        logits: Tensor,
+        target: Tensor,
+        loss_dtype: torch.dtype,
+        grad: Guarded | FarGradient | None = None,
+        **options: object,
     ) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient for an upstream gradient of 1, out of its units."""
-        call = self._call(logits, target, **options)
-        unit = contiguous_guarded((), torch.float32)
-        loss = self._loss_of(call, logits, loss_dtype, options["reduction"])
-        grad = guarded_gradient(logits)
-        call.grad = grad.tensor.data_ptr()
-        call.grad_strides[:] = view_strides(grad.tensor)
-        call.in_units = logits.dtype == torch.float16
-        largest = _largest_mass(logits, target, options.get("weight"))
-        call.largest_mass = None if largest is None else largest.data_ptr()
-        call.unit = unit.tensor.data_ptr()
-        self._run(call)
+        grad = grad or Guarded(logits)
+        strides = map(ctypes.c_int64, view_strides(grad.tensor))
+        self.library.fastopt_set_gradient(ctypes.c_void_p(grad.tensor.data_ptr()), *strides)
+        largest_mass = _largest_mass(logits, target, options.get("weight"))
+        loss, own, unit = self._call(
+            *("cross_entropy_forward_backward", logits, target, loss_dtype),
+            **options,
+            largest_mass=largest_mass,
+        )
+        assert own.stride() == reference.empty_gradient(logits).stride()
         plain = grad.check()
-        if call.in_units:
-            plain = (plain.float() * unit.check()).half()
+        if logits.dtype == torch.float16:
+            plain = (plain.float() * unit).half()
         else:
-            assert unit.check() == 1
-        return loss.check().to(loss_dtype), plain
+            assert unit == 1
+        return loss, plain
 
 
-def merge_positions(call: EmulatedCall) -> None:
-    """As csrc/host/cross_entropy_call.h: rows evenly spaced in every tensor are all batch."""
-    used = {"logits": True, "target": call.probabilities, "grad": call.grad}
-    strides = [getattr(call, f"{name}_strides") for name, there in used.items() if there]
-    if call.positions != 1 and all(batch == step * call.positions for batch, _, step in strides):
-        for of_tensor in strides:
-            of_tensor[0] = of_tensor[2]
-        call.batch, call.positions = call.batch * call.positions, 1
+def set_device(library: ctypes.CDLL, device: Device, descending: bool = False) -> None:
+    limits = (device.sm_count, device.shared_per_block, device.shared_per_sm)
+    library.fastopt_set_device(*map(ctypes.c_int64, limits), device.clusters, descending)
 
 
 def accumulate_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def guarded_gradient(like: Tensor) -> Guarded:
-    layout = reference.empty_gradient(like)
-    return Guarded(tuple(layout.shape), layout.stride(), layout.dtype)
 
 
 # -- the check --------------------------------------------------------------------------------------
@@ -309,7 +255,7 @@ ORDERS = (False,) if SANITIZE else (False, True)
 
 def check(
     library: ctypes.CDLL, device: Device, logits: Tensor, target: Tensor, **keywords: object
-) -> list[EmulatedPlan]:
+) -> list[Plan]:
     """Every op and reduction against float64, in both orders of the threads.
 
     Returns the plans of the loss alone, of the loss with its gradient, and so on.
@@ -331,14 +277,19 @@ def check(
 
 
 def run_all(
-    emulation: Emulation, logits: Tensor, target: Tensor, options: dict[str, object]
+    emulation: Emulation,
+    logits: Tensor,
+    target: Tensor,
+    options: dict[str, object],
+    new_gradient: Callable[[Tensor], Guarded | FarGradient] = Guarded,
 ) -> dict[str, Tensor]:
     loss_dtype = torch.promote_types(logits.dtype, target.dtype)
     results: dict[str, Tensor] = {}
     for reduction in ("mean", "sum", "none"):
         options = {**options, "reduction": reduction}
         results[f"{reduction} loss"] = emulation.forward(logits, target, loss_dtype, **options)
-        both = emulation.forward_backward(logits, target, loss_dtype, **options)
+        grad = new_gradient(logits)
+        both = emulation.forward_backward(logits, target, loss_dtype, grad, **options)
         results[f"{reduction} loss with gradient"] = both[0]
         results[f"{reduction} gradient"] = both[1]
     return results
@@ -366,7 +317,7 @@ def compare(
 
 def check_indices(
     library: ctypes.CDLL, device: Device, logits: Tensor, options: Options
-) -> list[EmulatedPlan]:
+) -> list[Plan]:
     target, keywords = options.apply(logits, make_target(logits))
     return check(library, device, logits, target, **keywords)
 
@@ -544,21 +495,9 @@ def test_layouts_with_positions(emulation: ctypes.CDLL, layout: Callable[[Tensor
     check_indices(emulation, H200, long, OPTIONS["plain"])
 
 
-@dataclass
-class FarGradient:
-    """In place of guarded_gradient."""
-
-    tensor: Tensor
-
-    def check(self) -> Tensor:
-        return self.tensor
-
-
 @pytest.mark.parametrize("device", [H200, tiny(900, False)], ids=["H200", "reads-twice"])
 @pytest.mark.parametrize("name", FAR_APART)
-def test_offsets_beyond_32_bits(
-    emulation: ctypes.CDLL, name: str, device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offsets_beyond_32_bits(emulation: ctypes.CDLL, name: str, device: Device) -> None:
     """Elements far apart give the bits of the same elements side by side."""
     shape, strides = FAR_APART[name]
     for dtype in (torch.float32, torch.bfloat16):
@@ -571,14 +510,11 @@ def test_offsets_beyond_32_bits(
         cases = [(target, target), (probabilities, far_apart(probabilities, strides))]
         for near_target, far_target in cases:
             expected = run_all(Emulation(emulation, device), near, near_target, options)
-            with monkeypatch.context() as patch:
-                patch.setattr(
-                    sys.modules[__name__],
-                    "guarded_gradient",
-                    lambda like: FarGradient(far_apart(torch.full_like(like, math.nan), strides)),
-                )
-                far = far_apart(near, strides)
-                ours = run_all(Emulation(emulation, device), far, far_target, options)
+            far = far_apart(near, strides)
+            ours = run_all(
+                *(Emulation(emulation, device), far, far_target, options),
+                lambda like: FarGradient(far_apart(torch.full_like(like, math.nan), strides)),
+            )
             for what, value in expected.items():
                 assert_same_bits(ours[what], value, f"{what}, {dtype_name(dtype)}")
 
@@ -731,36 +667,23 @@ def test_nothing_to_do(emulation: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_scale(emulation: ctypes.CDLL, dtype: torch.dtype) -> None:
-    labels = torch.tensor([2, -100, 0])
-    for shape, start, blocks in [
-        ((1,), 0, 1),
-        ((3, 3001), 1, 1),
-        ((3, 5, 7), 3, 1),
-        ((3, 9001), 1, 2),
-    ]:
-        count = math.prod(shape)
-        target = torch.tensor(0)
-        if len(shape) > 1:
-            target = labels.view(-1, *[1] * (len(shape) - 2)).expand(3, *shape[2:]).contiguous()
+    for shape, start in [((1,), 0), ((3, 3001), 1), ((3, 5, 7), 3), ((3, 9001), 1)]:
+        labels = torch.arange(math.prod(shape[:1] + shape[2:])).remainder(
+            shape[min(len(shape) - 1, 1)]
+        )
+        target = labels.view(shape[:1] + shape[2:]) if len(shape) > 1 else torch.tensor(0)
         for factor, smoothed in itertools.product((0.37, 1.0, -0.0, math.inf, math.nan), (0, 1)):
-            values = torch.randn(count + start).to(dtype)
-            guarded = contiguous_guarded((count + start,), dtype)
-            guarded.tensor.copy_(values)
-            upstream = torch.tensor(factor, dtype=dtype)
-            grad = guarded.tensor[start:].view(shape)
-            call = Emulation(emulation, H200)._call(grad, target)
-            call.grad, call.grad_strides[:] = grad.data_ptr(), view_strides(grad)
-            assert not emulation.fastopt_scale(
-                *(ctypes.byref(call), ctypes.c_int64(smoothed)),
-                *(ctypes.c_void_p(upstream.data_ptr()), ctypes.c_int64(ELEMENTS[dtype])),
-                ctypes.c_int64(blocks),
-            )
-            assert_same_bits(guarded.check()[:start], values[:start])
-            expected = values[start:].view(shape)
+            whole = torch.randn(math.prod(shape) + start).to(dtype)
+            before = whole.clone()
+            grad, expected = (x[start:].view(shape) for x in (whole, before.clone()))
+            arguments = (torch.tensor(factor, dtype=dtype), target, 2, bool(smoothed))
             if math.isfinite(factor):
-                expected = expected * upstream
+                expected *= arguments[0]
             else:
-                reference.cross_entropy_scale_(expected, upstream, target, -100, bool(smoothed))
+                reference.cross_entropy_scale_(expected, *arguments)
+            set_device(emulation, tiny(4800))
+            torch.ops.fastopt_emulated.cross_entropy_scale_(grad, *arguments)
+            assert_same_bits(whole[:start], before[:start])
             torch.testing.assert_close(grad, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -775,44 +698,33 @@ def class_counts() -> Iterator[int]:
     yield from (32000, 50257, 128256, 151936, 262144)
 
 
-def plan_of(library: ctypes.CDLL, device: Device, **fields: object) -> EmulatedPlan:
-    call, plan = EmulatedCall(), EmulatedPlan()
-    for name in ("sm_count", "shared_per_block", "shared_per_sm", "clusters"):
-        setattr(call, name, getattr(device, name))
-    for name, value in fields.items():
-        if isinstance(value, tuple):
-            getattr(call, name)[:] = value
-        else:
-            setattr(call, name, value)
-    assert library.fastopt_plan(ctypes.byref(call), ctypes.byref(plan)) == 0
+def plan_of(
+    library: ctypes.CDLL,
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    target: torch.dtype | None = None,
+    gradient: bool = True,
+) -> Plan:
+    """For contiguous classes, on the device that was set last."""
+    plan = Plan()
+    types = (ELEMENTS[dtype], -1 if target is None else ELEMENTS[target])
+    numbers = map(ctypes.c_int64, (rows, classes, *types))
+    library.fastopt_plan(*numbers, gradient, ctypes.byref(plan))
     return plan
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_plans_are_legal(emulation: ctypes.CDLL, device: str) -> None:
     limits = DEVICES[device]
-    somewhere = 64  # not null is all that the plan asks
+    set_device(emulation, limits)
+    full, double, half, float16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    sizes = ((full, 1), (double, 4096), (half, 4096), (half, 10**6), (float16, 77))
     for classes in class_counts():
-        for dtype, rows in ((0, 1), (1, 4096), (2, 4096), (2, 10**6), (3, 77)):
-            for fields in (
-                {},  # loss
-                {"grad": somewhere},
-                {"grad": somewhere, "probabilities": somewhere, "target_type": dtype},
-            ):
-                dense = (classes, 1, 1)
-                plan = plan_of(
-                    emulation,
-                    limits,
-                    batch=rows,
-                    classes=classes,
-                    positions=1,
-                    logits_type=dtype,
-                    logits_strides=dense,
-                    target_strides=dense,
-                    grad_strides=dense,
-                    **fields,
-                )
-                what = (classes, dtype, rows, fields)
+        for dtype, rows in sizes:
+            for target, gradient in ((None, False), (None, True), (dtype, True)):
+                plan = plan_of(emulation, rows, classes, dtype, target, gradient)
+                what = (classes, dtype, rows, target, gradient)
                 assert plan.threads % 32 == 0 and 32 <= plan.threads <= 512, what
                 assert plan.shared_bytes <= limits.shared_per_block, what
                 assert plan.cluster in ((1, 2, 4, 8) if limits.clusters else (1,)), what
@@ -832,18 +744,8 @@ def test_plans_are_legal(emulation: ctypes.CDLL, device: str) -> None:
 )
 def test_bf16_vocabularies_stay_on_chip(emulation: ctypes.CDLL, classes: int, cluster: int) -> None:
     """One read and one write per logit on an H200, with two blocks or more on every SM."""
-    dense = (classes, 1, 1)
-    plan = plan_of(
-        emulation,
-        H200,
-        batch=8192,
-        classes=classes,
-        positions=1,
-        logits_type=ELEMENTS[torch.bfloat16],
-        logits_strides=dense,
-        grad_strides=dense,
-        grad=64,
-    )
+    set_device(emulation, H200)
+    plan = plan_of(emulation, 8192, classes, torch.bfloat16)
     assert (plan.kernel, plan.held, plan.cluster) == (ROWS, 1, cluster)
     assert 2 * (plan.shared_bytes + 1024) <= H200.shared_per_sm
 

@@ -19,7 +19,7 @@ import torch
 import fastopt
 from fastopt import ops
 
-for name in ops.OPS:
+for name in ops.SCHEMAS:
     launcher = ops._triton_launcher(name)
     torch.library.impl(f"fastopt::{name}", "CPU", launcher, lib=ops.library)
 assert "triton" not in sys.modules, "triton is imported before it is used"

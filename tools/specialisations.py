@@ -58,7 +58,7 @@ class Counter:
         return call
 
     def pytest_sessionstart(self) -> None:
-        for name in ops.OPS:
+        for name in ops.SCHEMAS:
             if name == "cross_entropy_scale_":
                 continue  # in place: not twice
             setattr(ops, name, self.beside(name))

@@ -17,7 +17,7 @@
 #include <tuple>
 #include <vector>
 
-#include "host/cross_entropy_call.h"
+#include "host/cross_entropy.h"
 
 namespace fastopt {
 namespace {
@@ -82,6 +82,49 @@ double scalar_value(const Tensor& t) {
   return *static_cast<const double*>(value.const_data_ptr());
 }
 
+// ---- an upstream gradient that is no number ----
+
+// Some factor is inf or NaN. One for all rows, or one for each.
+template <class T>
+void scale_by_no_number(const CrossEntropyProblem& p, const void* factors, bool one,
+                        bool smoothed) {
+  using A = Acc<T>;
+  const int64_t rows = p.batch * p.positions;
+  parallel(rows, std::max<int64_t>(1, kTaskLogits / p.classes), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      T* const row = static_cast<T*>(p.grad) + r / p.positions * p.grad_strides.batch +
+                     r % p.positions * p.grad_strides.position;
+      const A factor = static_cast<const A*>(factors)[one ? 0 : r];
+      const bool ignored = p.labels != nullptr && p.labels[r] == p.ignore_index;
+      const bool all = p.labels == nullptr || smoothed;
+      for (int64_t c = 0; c < p.classes; ++c) {
+        T& grad = row[c * p.grad_strides.cls];
+        grad = from_acc<T>(times_upstream(to_acc(grad), factor, ignored, all || p.labels[r] == c));
+      }
+    }
+  });
+}
+
+void scale_by_no_number(const CrossEntropyProblem& p, const void* factors, bool one,
+                        bool smoothed) {
+  switch (p.logits_type) {
+    case Element::float32:
+      return scale_by_no_number<float>(p, factors, one, smoothed);
+    case Element::float64:
+      return scale_by_no_number<double>(p, factors, one, smoothed);
+    case Element::bfloat16:
+      return scale_by_no_number<BFloat16>(p, factors, one, smoothed);
+    case Element::float16:
+      return scale_by_no_number<Half>(p, factors, one, smoothed);
+  }
+}
+
+template <class A>
+bool all_finite(const Tensor& factors) {
+  const A* const values = static_cast<const A*>(factors.const_data_ptr());
+  return std::all_of(values, values + factors.numel(), [](A x) { return std::isfinite(x); });
+}
+
 // ---- one call ----
 
 struct Call : CrossEntropyCall<CrossEntropyParams> {
@@ -92,7 +135,6 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
        int64_t ignore_index, double label_smoothing, int64_t reduction_in)
       : CrossEntropyCall(logits_in, target_in, weight_in, ignore_index, label_smoothing,
                          reduction_in) {
-    check(logits.is_cpu(), "every tensor must be on the CPU");
     p.smoothing_mass = smoothing;
     if (weight) {
       if (accumulate == ScalarType::Double) {
@@ -278,6 +320,22 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     return sum;
   }
 
+  std::pair<Tensor, Tensor> want_gradient(const std::optional<Tensor>& largest_mass) {
+    Tensor grad = empty_gradient(logits);
+    set_gradient(grad);
+    // With every row ignored the loss is NaN and the gradient 0, as in torch.
+    double unit = reduced(1.0);
+    p.upstream = unit;
+    if (p.logits_type == Element::float16 && std::isfinite(unit)) {
+      const double largest = largest_mass ? scalar_value(*largest_mass) : 1.0;
+      p.upstream = half_gradient_scale(static_cast<float>(largest));
+      unit /= p.upstream;
+    } else {
+      unit = 1.0;
+    }
+    return {grad, scalar(unit, ScalarType::Float)};
+  }
+
   // Runs; the loss as torch would return it.
   Tensor loss(ScalarType type) {
     element_of(type);
@@ -315,113 +373,29 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     }
     return result;
   }
+
+  static void scale(const CrossEntropyCall<CrossEntropyProblem>& call, const Tensor& factor,
+                    bool smoothed) {
+    const CrossEntropyProblem& p = call.p;
+    const Tensor factors = as_contiguous(torch::stable::to(factor, call.accumulate));
+    const void* const values = factors.const_data_ptr();
+    const bool one = factors.numel() == 1;
+    const bool finite = call.accumulate == ScalarType::Double ? all_finite<double>(factors)
+                                                              : all_finite<float>(factors);
+    if (!finite) return scale_by_no_number(p, values, one, smoothed);
+    const CrossEntropyScale scale{p.logits_type, p.grad,      p.grad_strides, p.batch,
+                                  p.classes,     p.positions, values,         one};
+    const bool by_rows = p.grad_strides.cls == 1;
+    const int64_t count = call.rows * p.classes;
+    const int64_t tasks = one ? count : by_rows ? call.rows : p.batch * p.classes;
+    const int64_t each = one ? 1 : by_rows ? p.classes : p.positions;
+    parallel(tasks, std::max<int64_t>(1, kTaskLogits / each), [&](int64_t begin, int64_t end) {
+      FASTOPT_DISPATCH(cross_entropy_scale, scale, begin, end);
+    });
+  }
 };
 
-// ---- the ops ----
-
-Tensor cross_entropy_forward_cpu(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                 int64_t ignore_index, double label_smoothing, int64_t reduction,
-                                 ScalarType loss_dtype) {
-  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  return call.loss(loss_dtype);
-}
-
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward_cpu(
-    Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
-    double label_smoothing, int64_t reduction, ScalarType loss_dtype,
-    std::optional<Tensor> largest_mass) {
-  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  call.check_largest(largest_mass);
-  Tensor grad_logits = empty_gradient(logits);
-  call.want_gradient(grad_logits);
-  // With every row ignored the loss is NaN and the gradient 0, as in torch.
-  double unit = call.reduced(1.0);
-  call.p.upstream = unit;
-  if (call.p.logits_type == Element::float16 && std::isfinite(unit)) {
-    const double largest = largest_mass ? scalar_value(*largest_mass) : 1.0;
-    call.p.upstream = half_gradient_scale(static_cast<float>(largest));
-    unit /= call.p.upstream;
-  } else {
-    unit = 1.0;
-  }
-  const Tensor loss = call.loss(loss_dtype);
-  return {loss, grad_logits, Call::scalar(unit, ScalarType::Float)};
-}
-
-// Some factor is inf or NaN. One for all rows, or one for each.
-template <class T>
-void scale_by_no_number(const CrossEntropyProblem& p, const void* factors, bool one,
-                        bool smoothed) {
-  using A = Acc<T>;
-  const int64_t rows = p.batch * p.positions;
-  parallel(rows, std::max<int64_t>(1, kTaskLogits / p.classes), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      T* const row = static_cast<T*>(p.grad) + r / p.positions * p.grad_strides.batch +
-                     r % p.positions * p.grad_strides.position;
-      const A factor = static_cast<const A*>(factors)[one ? 0 : r];
-      const bool ignored = p.labels != nullptr && p.labels[r] == p.ignore_index;
-      const bool all = p.labels == nullptr || smoothed;
-      for (int64_t c = 0; c < p.classes; ++c) {
-        T& grad = row[c * p.grad_strides.cls];
-        grad = from_acc<T>(times_upstream(to_acc(grad), factor, ignored, all || p.labels[r] == c));
-      }
-    }
-  });
-}
-
-template <class A>
-bool all_finite(const Tensor& factors) {
-  const A* const values = static_cast<const A*>(factors.const_data_ptr());
-  return std::all_of(values, values + factors.numel(), [](A x) { return std::isfinite(x); });
-}
-
-void cross_entropy_scale_cpu(Tensor grad_logits, Tensor factor, Tensor target, int64_t ignore_index,
-                             bool smoothed) {
-  check(is_dense(sizes_of(grad_logits),
-                 std::vector<int64_t>(grad_logits.strides().begin(), grad_logits.strides().end())),
-        "grad_logits must be dense, as the ops return it");
-  check(grad_logits.dim() == 0 || view_strides(grad_logits),
-        "grad_logits must have a layout of the ops' own");
-  CrossEntropyCall<CrossEntropyProblem> call(grad_logits, target, std::nullopt, ignore_index, 0,
-                                             kSum);
-  call.check_place({&factor});
-  check(grad_logits.is_cpu(), "every tensor must be on the CPU");
-  const int64_t count = grad_logits.numel();
-  if (count == 0) return;
-  call.want_gradient(grad_logits);
-  const CrossEntropyProblem& p = call.p;
-  factor = as_contiguous(torch::stable::to(factor, call.accumulate));
-  const bool one = factor.numel() == 1;
-  check(one || factor.numel() == call.rows, "factor must be one number, or one for each row");
-  const bool is_double = call.accumulate == ScalarType::Double;
-  if (!(is_double ? all_finite<double>(factor) : all_finite<float>(factor))) {
-    const void* const factors = factor.const_data_ptr();
-    switch (p.logits_type) {
-      case Element::float32:
-        return scale_by_no_number<float>(p, factors, one, smoothed);
-      case Element::float64:
-        return scale_by_no_number<double>(p, factors, one, smoothed);
-      case Element::bfloat16:
-        return scale_by_no_number<BFloat16>(p, factors, one, smoothed);
-      case Element::float16:
-        return scale_by_no_number<Half>(p, factors, one, smoothed);
-    }
-  }
-  const CrossEntropyScale scale{p.logits_type, p.grad,      p.grad_strides,          p.batch,
-                                p.classes,     p.positions, factor.const_data_ptr(), one};
-  const bool by_rows = p.grad_strides.cls == 1;
-  const int64_t tasks = one ? count : by_rows ? call.rows : p.batch * p.classes;
-  const int64_t each = one ? 1 : by_rows ? p.classes : p.positions;
-  parallel(tasks, std::max<int64_t>(1, kTaskLogits / each), [&](int64_t begin, int64_t end) {
-    FASTOPT_DISPATCH(cross_entropy_scale, scale, begin, end);
-  });
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastopt, CPU, library) {
-  library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward_cpu));
-  library.impl("cross_entropy_forward_backward", TORCH_BOX(&cross_entropy_forward_backward_cpu));
-  library.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastopt, CPU, library) { register_cross_entropy<Call>(library); }
 
 }  // namespace
 }  // namespace fastopt

@@ -1,22 +1,15 @@
-// Softmax cross-entropy on CUDA devices, the side that faces torch: checks, outputs, launches on
-// the current stream, and the registration of the ops whose schemas stand in fastopt/ops.py.
-//
-// Nothing here waits for the device or reads its values: every call can be captured in a graph.
+// Softmax cross-entropy on CUDA devices: launches on the current stream, and the registration of
+// the ops whose schemas stand in fastopt/ops.py.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <tuple>
-
-#include "cross_entropy.h"
-#include "host/cross_entropy_call.h"
+#include "cross_entropy_call.h"
 #include "library.h"
 
 namespace fastopt {
 namespace {
 
-using gpu::CrossEntropyParams;
-using gpu::CrossEntropyPlan;
 using gpu::DeviceLimits;
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -25,7 +18,7 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-const DeviceLimits& limits_of(int device) {
+const DeviceLimits& limits_of_device(int device) {
   static const std::vector<DeviceLimits> all = [] {
     int count = 0;
     STD_CUDA_CHECK(cudaGetDeviceCount(&count));
@@ -48,6 +41,8 @@ struct Launcher {
   torch::stable::accelerator::DeviceGuard guard;
   const DeviceLimits& limits;
   cudaStream_t stream;
+
+  static const DeviceLimits& limits_of(int32_t device) { return limits_of_device(device); }
 
   explicit Launcher(int32_t device) : guard(device), limits(limits_of(device)) {
     void* current = nullptr;
@@ -85,103 +80,8 @@ struct Launcher {
   }
 };
 
-struct Call : CrossEntropyCall<CrossEntropyParams> {
-  Call(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& weight_in,
-       int64_t ignore_index, double label_smoothing, int64_t reduction_in)
-      : CrossEntropyCall(logits_in, target_in, weight_in, ignore_index, label_smoothing,
-                         reduction_in) {
-    check(logits.is_cuda(), "every tensor must be on one CUDA device");
-    check(p.classes <= gpu::kMaxClasses, "logits may have at most 2^30 classes");
-    p.weight = weight ? weight->const_data_ptr() : nullptr;
-    p.mean = reduction == kMean;
-    p.known_smoothing = smoothing;
-  }
-
-  Tensor empty_scalar(ScalarType type) const { return empty_strided({}, {}, type, place); }
-
-  // Runs; the loss as torch would return it.
-  Tensor loss(ScalarType type) {
-    p.loss_type = element_of(type);
-    if (reduction != kNone) {
-      Tensor loss = empty_scalar(type);
-      p.loss = loss.mutable_data_ptr();
-      run();
-      return loss;
-    }
-    Tensor loss = empty_rows();
-    p.row_loss = loss.mutable_data_ptr();
-    run();
-    return type == accumulate ? loss : torch::stable::to(loss, type);
-  }
-
-  // In the order of the current stream. The workspace goes back to torch's allocator at once: it
-  // gives it to later work of this stream only.
-  void run() {
-    merge_positions();
-    CrossEntropyPlan plan{};
-    if (rows > 0) plan = gpu::plan_cross_entropy(gpu::shape_of(p), limits_of(place.index));
-    const int64_t doubles = gpu::workspace_doubles(plan);
-    const Tensor workspace = empty_strided({doubles}, {1}, ScalarType::Double, place);
-    gpu::launch_cross_entropy(p, plan, static_cast<double*>(workspace.mutable_data_ptr()),
-                              Launcher(place.index));
-  }
-};
-
-// ---- the ops ----
-
-Tensor cross_entropy_forward_cuda(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                  int64_t ignore_index, double label_smoothing, int64_t reduction,
-                                  ScalarType loss_dtype) {
-  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  return call.loss(loss_dtype);
-}
-
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward_cuda(
-    Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
-    double label_smoothing, int64_t reduction, ScalarType loss_dtype,
-    std::optional<Tensor> largest_mass) {
-  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
-  call.check_largest(largest_mass);
-  Tensor grad_logits =
-      empty_strided(sizes_of(logits), gradient_strides(logits), logits.scalar_type(), call.place);
-  call.want_gradient(grad_logits);
-  Tensor unit = call.empty_scalar(ScalarType::Float);
-  call.p.unit = static_cast<float*>(unit.mutable_data_ptr());
-  call.p.in_units = call.p.logits_type == Element::float16;
-  if (largest_mass) call.p.largest_mass = static_cast<const float*>(largest_mass->const_data_ptr());
-  const Tensor loss = call.loss(loss_dtype);
-  return {loss, grad_logits, unit};
-}
-
-// grad_logits *= factor, which is read on the device: 1 costs a launch and nothing more.
-void cross_entropy_scale_cuda(Tensor grad_logits, Tensor factor, Tensor target,
-                              int64_t ignore_index, bool smoothed) {
-  check(is_dense(sizes_of(grad_logits),
-                 std::vector<int64_t>(grad_logits.strides().begin(), grad_logits.strides().end())),
-        "grad_logits must be dense, as the ops return it");
-  check(grad_logits.dim() == 0 || view_strides(grad_logits),
-        "grad_logits must have a layout of the ops' own");
-  Call call(grad_logits, target, std::nullopt, ignore_index, 0, kSum);
-  call.check_place({&factor});
-  check(factor.numel() == 1, "factor must be one number");
-  const int64_t count = grad_logits.numel();
-  if (count == 0) return;
-  call.want_gradient(grad_logits);
-  const gpu::ScaleParams p{call.p, smoothed, factor.const_data_ptr(),
-                           element_of(factor.scalar_type())};
-  const int32_t device = call.place.index;
-  const int64_t blocks = gpu::scale_blocks(count, limits_of(device));
-  const Launcher launch(device);
-  gpu::with_element(call.p.logits_type, [&](auto element) {
-    using T = typename decltype(element)::type;
-    launch(&gpu::cross_entropy_scale<T>, blocks, gpu::kParcelThreads, 0, 1, p);
-  });
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastopt, CUDA, library) {
-  library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward_cuda));
-  library.impl("cross_entropy_forward_backward", TORCH_BOX(&cross_entropy_forward_backward_cuda));
-  library.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale_cuda));
+  register_cross_entropy<gpu::Call<Launcher>>(library);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// What the CPU and the CUDA launcher of cross-entropy share: the checks of the arguments, tensors
-// seen as (batch, class, position), and the layout of the gradient. The ops' schemas stand in
-// fastopt/ops.py.
+// The ops of cross-entropy, over a back end: the checks of the arguments, tensors seen as (batch,
+// class, position), the layout of the gradient, and what each op does in which order. The ops'
+// schemas stand in fastopt/ops.py.
 //
 // torch.ops is callable by anyone: whatever arrives here is checked before memory is touched.
 #pragma once
@@ -14,6 +14,8 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "rules/cross_entropy.h"
@@ -279,7 +281,7 @@ struct CrossEntropyCall {
     return empty_strided(row_sizes, contiguous_strides(row_sizes), accumulate, place);
   }
 
-  void want_gradient(const Tensor& grad) {
+  void set_gradient(const Tensor& grad) {
     const std::optional<Strides> strides = view_strides(grad);
     check(strides.has_value(), "a gradient keeps the layout of its tensor");
     p.grad = grad.mutable_data_ptr();
@@ -312,5 +314,59 @@ struct CrossEntropyCall {
            (p.grad == nullptr || p.grad_strides.cls == 1);
   }
 };
+
+// ---- the ops ----
+//
+// A back end is a struct Call, a CrossEntropyCall of its own Params, that knows how to
+//   std::pair<Tensor, Tensor> want_gradient(const std::optional<Tensor>& largest_mass)
+//                                        allocate the gradient and its unit
+//   Tensor loss(ScalarType)              run, the loss as torch would return it
+//   static void scale(const CrossEntropyCall<CrossEntropyProblem>&, const Tensor& factor, bool
+//   smoothed)
+
+template <class Call>
+Tensor cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                             int64_t ignore_index, double label_smoothing, int64_t reduction,
+                             ScalarType loss_dtype) {
+  return Call(logits, target, weight, ignore_index, label_smoothing, reduction).loss(loss_dtype);
+}
+
+template <class Call>
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward(
+    Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
+    double label_smoothing, int64_t reduction, ScalarType loss_dtype,
+    std::optional<Tensor> largest_mass) {
+  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
+  call.check_largest(largest_mass);
+  const auto [grad_logits, unit] = call.want_gradient(largest_mass);
+  const Tensor loss = call.loss(loss_dtype);
+  return {loss, grad_logits, unit};
+}
+
+template <class Call>
+void cross_entropy_scale(Tensor grad_logits, Tensor factor, Tensor target, int64_t ignore_index,
+                         bool smoothed) {
+  check(is_dense(sizes_of(grad_logits),
+                 std::vector<int64_t>(grad_logits.strides().begin(), grad_logits.strides().end())),
+        "grad_logits must be dense, as the ops return it");
+  check(grad_logits.dim() == 0 || view_strides(grad_logits),
+        "grad_logits must have a layout of the ops' own");
+  CrossEntropyCall<CrossEntropyProblem> call(grad_logits, target, std::nullopt, ignore_index, 0,
+                                             kSum);
+  call.check_place({&factor});
+  check(factor.numel() == 1 || factor.numel() == call.rows,
+        "factor must be one number, or one for each row");
+  element_of(factor.scalar_type());
+  if (grad_logits.numel() == 0) return;
+  call.set_gradient(grad_logits);
+  Call::scale(call, factor, smoothed);
+}
+
+template <class Call, class Library>
+void register_cross_entropy(Library& library) {
+  library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward<Call>));
+  library.impl("cross_entropy_forward_backward", TORCH_BOX(&cross_entropy_forward_backward<Call>));
+  library.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale<Call>));
+}
 
 }  // namespace fastopt
