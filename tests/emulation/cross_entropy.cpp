@@ -27,9 +27,15 @@ struct PlanOut {
 };
 
 PlanOut visible(const CrossEntropyPlan& plan) {
-  return {static_cast<int64_t>(plan.kernel), plan.held,    plan.threads,
-          plan.lanes,                        plan.adjacent, plan.cluster,
-          plan.slice,                        plan.shared_bytes, plan.blocks};
+  return {static_cast<int64_t>(plan.kernel),
+          plan.held,
+          plan.threads,
+          plan.lanes,
+          plan.adjacent,
+          plan.cluster,
+          plan.slice,
+          plan.shared_bytes,
+          plan.blocks};
 }
 
 PlanOut last_plan;
