@@ -255,6 +255,7 @@ def _serves(
         and not weight.requires_grad
         and weight.device == logits.device
         and weight.layout is torch.strided
+        and weight.dim() == 1  # a nested tensor has no shape to ask for
         and _same(weight.shape, (classes,))
         and _loss_dtype(weight) == _loss_dtype(logits)
     )
@@ -488,9 +489,12 @@ def _mass(
     label = reference.labels_in_range(target.unsqueeze(dim), ~live, classes)
     counts = live & (target.unsqueeze(dim) == label)  # not where a label is out of range
     one_hot = torch.zeros_like(like).scatter(dim, label, counts.to(like.dtype))
-    has_mass = live if smoothing > 0 else one_hot > 0  # else no 0 * inf of an infinite weight
-    mass = torch.where(has_mass, w * ((1 - smoothing) * one_hot + smoothing / classes), 0)
-    return mass / torch.where(one_hot > 0, w, 0).sum() if reduction == 1 else mass
+    # Elsewhere 0 also where the weight is infinite, or no row is left to divide by.
+    has_mass = live if smoothing > 0 else one_hot > 0
+    mass = w * ((1 - smoothing) * one_hot + smoothing / classes)
+    if reduction == 1:
+        mass = mass / torch.where(one_hot > 0, w, 0).sum()
+    return torch.where(has_mass, mass, 0)
 
 
 def _op_autograd(

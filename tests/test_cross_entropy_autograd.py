@@ -425,6 +425,18 @@ def test_a_gradient_penalty(reduction: str, dtype: torch.dtype) -> None:
     compare(penalty, make_logits((33, 10), dtype) / 4)
 
 
+@each_reduction
+def test_the_second_derivative_of_rows_that_are_all_ignored(reduction: str) -> None:
+    """0, also where the mean divides 0 by 0."""
+    x = make_logits((33, 10)).requires_grad_()
+    for options in (OPTIONS["all-ignored"], OPTIONS["all-ignored-smoothing-weight"]):
+        target, keywords = options.apply(x.detach(), make_target(x.detach()))
+        loss = fastopt.cross_entropy(x, target, reduction=reduction, **keywords).sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), x)
+        assert_same_bits(second.abs(), torch.zeros_like(x))
+
+
 def test_gradient_of_the_upstream_gradient() -> None:
     """backward is linear in its upstream gradient, and differentiable in it."""
     target = make_target(make_logits((33, 10)))

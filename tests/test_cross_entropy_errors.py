@@ -122,6 +122,10 @@ BAD_CALLS: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {
         {"weight": torch.ones(5, requires_grad=True)},
     ),
     "weight-list": ((LOGITS, TARGET), {"weight": [1.0] * 5}),
+    "weight-nested": (
+        (LOGITS, TARGET),
+        {"weight": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+    ),
     # options
     "reduction-unknown": ((LOGITS, TARGET), {"reduction": "avg"}),
     "reduction-upper-case": ((LOGITS, TARGET), {"reduction": "Mean"}),
