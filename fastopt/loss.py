@@ -47,6 +47,10 @@ _MIN_LOGITS_ON_GPU = 1 << 20
 # Under torch.compile, rough figures of another day's busy machine: 128x10 0.74, 64x1000 1.14,
 # 1024x1000 2.4, 512x32000 3.1.
 _MIN_LOGITS_COMPILED = 1 << 15
+# Before 2.13 what torch compiled raises no error when its gradient is to be differentiated, and leaves
+# the second derivative out in silence, unless the graph saved one of its inputs: stock's loss may, ours
+# never does.
+_COMPILES_GRADIENTS = ops._torch_version() >= (2, 13)
 _MAX_CLASSES_ON_GPU = 1 << 30  # which both families of kernels count in 32 bits
 
 
@@ -233,6 +237,8 @@ def _serves(
         return False
     classes = shape[0 if len(shape) == 1 else 1]
     if compiling:
+        if not _COMPILES_GRADIENTS and torch.is_grad_enabled() and logits.requires_grad:
+            return False
         if _is_compiled_too_small(logits.numel()):
             return False
     elif _is_too_small(logits.numel(), classes, cuda):

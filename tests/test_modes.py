@@ -8,13 +8,14 @@ import re
 import sys
 
 from child import HERE, run, run_pytest
+from fastopt.loss import _COMPILES_GRADIENTS
 
 # Values of every kind: of rows and images, gradients, transforms of torch, SGD, its GPU step.
 VALUES = [
     "test_cross_entropy.py::test_named_shapes[three-classes-float32]",
     "test_cross_entropy.py::test_one_hot_probabilities_are_class_indices",
     "test_cross_entropy_autograd.py::test_several_backwards_of_one_graph[mean-float32]",
-    "test_cross_entropy_autograd.py::test_compile_aot_eager[mean-float32]",
+    *["test_cross_entropy_autograd.py::test_compile_aot_eager[mean-float32]"] * _COMPILES_GRADIENTS,
     "test_cross_entropy_autograd.py::test_a_second_backward_without_retain_graph_raises[mean]",
     "test_cross_entropy_threads.py::test_threads_may_share_the_logits",
     "test_sgd.py::test_all_sizes_in_one_step_equal_the_for_loop_bitwise[torch.float32-plain]",
