@@ -7,6 +7,7 @@ right: values, gradients, second derivatives and the class of an exception. A ne
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -703,6 +704,141 @@ def _compile_modes(backend):
                 x.grad = None
             return out
 
+    @add("module, hook on its input")
+    def _(ce):
+        cls = nn.CrossEntropyLoss if ce is STOCK else fastopt.CrossEntropyLoss
+        loss_of = comp(cls(weight=torch.linspace(0.5, 2, C), label_smoothing=0.1), fullgraph=True)
+        x, t = data()
+        y = x * 1
+        y.register_hook(lambda g: 2 * g)
+        loss = loss_of(y, t)
+        return [loss, *torch.autograd.grad(loss, x)]
+
+    @add("patched functional")
+    def _(ce):
+        x, t = data()
+        F.cross_entropy = ce
+        try:
+            loss = comp(nn.CrossEntropyLoss(label_smoothing=0.1), fullgraph=True)(x, t)
+        finally:
+            F.cross_entropy = STOCK
+        return [loss, *torch.autograd.grad(loss, x)]
+
+    for stance in (
+        "force_eager",
+        "eager_on_recompile",
+        "fail_on_recompile",
+        "aot_eager_then_compile",
+    ):
+
+        @add(f"stance {stance}")
+        def _(ce, stance=stance):
+            f, out = comp(lambda x, t: ce(x * 1, t, reduction="none")), []
+            out.append(f(*data()))
+            with torch.compiler.set_stance(stance):
+                for n in (N, N, N + 1, N + 2):
+                    x, t = data(n=n)
+                    loss = f(x, t)
+                    out += [loss, *torch.autograd.grad(loss.sum(), x)]
+            return out
+
+    @add("graph breaks and disabled")
+    def _(ce):
+        @torch.compiler.disable
+        def eager(x, t):
+            return ce(x, t, reduction="none")
+
+        def f(x, t):
+            a = ce(x * 1, t)
+            torch._dynamo.graph_break()
+            return a + eager(x, t).sum() + ce(x, t, label_smoothing=0.1)
+
+        x, t = data()
+        loss = comp(f)(x, t)
+        return [loss, *torch.autograd.grad(loss, x)]
+
+    @add("allow_in_graph")
+    def _(ce):
+        x, t = data()
+        opaque = torch.compiler.allow_in_graph(lambda x, t: ce(x, t, label_smoothing=0.1))
+        loss = comp(lambda x, t: opaque(x * 1, t), fullgraph=True)(x, t)
+        return [loss, *torch.autograd.grad(loss, x)]
+
+    @add("cond")
+    def _(ce):
+        x, t = data()
+
+        def f(x, t):
+            return torch.cond(
+                x.sum() > 0,
+                lambda x, t: ce(x * 1, t),
+                lambda x, t: ce(x * 2, t, label_smoothing=0.1),
+                (x, t),
+            )
+
+        loss = comp(f, fullgraph=True)(x, t)
+        return [loss, *torch.autograd.grad(loss, x)]
+
+    if backend != "eager":  # which runs torch's own loss on memory that nobody wrote
+
+        @add("nested region")
+        def _(ce):
+            region = torch.compiler.nested_compile_region(lambda x, t: ce(x * 1, t))
+            x, t = data()
+            loss = comp(lambda x, t: region(x, t) + region(x * 2, t), fullgraph=True)(x, t)
+            return [loss, *torch.autograd.grad(loss, x)]
+
+    @add("compiled autograd by its option")
+    def _(ce):
+        m, (x, t) = Model(ce), (torch.linspace(-1, 1, N * 4).reshape(N, 4), data()[1])
+
+        def step(x, t):
+            loss = m(x, t)
+            loss.backward()
+            return loss
+
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            loss = comp(step)(x, t)
+        return [loss, *(p.grad for p in m.parameters())]
+
+    @add("saved tensors on CPU, and a small memory budget")
+    def _(ce):
+        x, t = data()
+        with torch._functorch.config.patch(activation_memory_budget=0.1):
+            f = comp(lambda x, t: ce((x * 2).sin().exp(), t, reduction="none").sum())
+            with torch.autograd.graph.save_on_cpu():
+                loss = f(x, t)
+            return [loss, *torch.autograd.grad(3 * loss, x)]
+
+    @add("sizes that change: classes, positions")
+    def _(ce):
+        out = []
+        f = comp(lambda x, t: ce(x, t, label_smoothing=0.1), dynamic=True)
+        for c, d in ((5, 3), (7, 3), (7, 4), (9, 9)):
+            x = torch.linspace(-1, 1, 2 * c * d).reshape(2, c, d).requires_grad_()
+            loss = f(x, torch.arange(2 * d).reshape(2, d) % c)
+            out += [loss, *torch.autograd.grad(loss, x)]
+        return out
+
+    @add("unbacked classes")
+    def _(ce):
+        x, t = data()
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            keep = torch.arange(C) < C - 2
+
+            def f(x, t, keep):
+                return ce(x[:, keep], t.clamp(max=2), reduction="none")
+
+            loss = comp(f, fullgraph=True)(x, t, keep)
+            return [loss, *torch.autograd.grad(loss.sum(), x)]
+
+    @add("dynamic probabilities and weight")
+    def _(ce):
+        x, p = data()[0], data()[0].detach().softmax(1)
+        w = torch.linspace(0.5, 2, C)
+        loss = comp(lambda x, p, w: ce(x, p, w, label_smoothing=0.1), dynamic=True)(x, p, w)
+        return [loss, *torch.autograd.grad(loss, x)]
+
     for what, values in (
         ("batch", [{"n": n} for n in (6, 7, 8, 9, 10)]),
         ("ignore_index", [{"ignore_index": i} for i in (-100, 0, 1, 2, 3, 4, -1)]),
@@ -726,6 +862,52 @@ def _compile_modes(backend):
 
 for _backend in ("eager", "aot_eager", "inductor"):
     _compile_modes(_backend)
+
+
+def _inductor_modes():
+    def add(name, **options):
+        def run(ce):
+            out = []
+            for red in ("mean", "none"):
+                x, t = data(n=64, c=33)  # wider than a vector
+                f = torch.compile(lambda x, t, red=red: ce(x * 1, t, reduction=red), **options)
+                for factor in (1, 3):
+                    loss = f(x, t)
+                    out += [loss, *torch.autograd.grad(loss.sum() * factor, x)]
+                with torch.no_grad():
+                    out.append(f(x, t))
+                torch._dynamo.reset()
+            return out
+
+        MODES[f"inductor {name}"] = run
+
+    add("reduce-overhead", mode="reduce-overhead")
+    add("max-autotune", mode="max-autotune")
+    add("cpp_wrapper", options={"cpp_wrapper": True})
+    add("freezing", options={"freezing": True})
+    add("dynamic, reduce-overhead", mode="reduce-overhead", dynamic=True)
+
+
+_inductor_modes()
+
+
+@mode
+def inductor_ahead_of_time(ce):
+    import tempfile
+
+    x, t = torch.linspace(-1, 1, N * 4).reshape(N, 4), data()[1]
+    out = []
+    for red in ("mean", "none"):
+        b = torch.export.Dim("b", min=2, max=4096)
+        shapes = {"x": {0: b}, "t": {0: b}}
+        program = torch.export.export(Model(ce, red).eval(), (x, t), dynamic_shapes=shapes)
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            path = torch._inductor.aoti_compile_and_package(
+                program, package_path=f"{folder}/model.pt2"
+            )
+            model = torch._inductor.aoti_load_package(path)
+            out += [model(x, t), model(x[:4], t[:4])]
+    return out
 
 
 # ---- capture ----
@@ -778,6 +960,71 @@ def _export_modes():
         y = x.clone().requires_grad_()
         (g,) = torch.autograd.grad(p(y, t), y, create_graph=True)
         return torch.autograd.grad(g.pow(2).sum(), y)
+
+    @mode
+    def saved_export(ce):
+        import io
+
+        file = io.BytesIO()
+        torch.export.save(export(Model(ce), (x, t)), file)
+        file.seek(0)
+        loaded = torch.export.load(file)
+        return [loaded.module()(x, t), "fastopt" in str(loaded.graph)]
+
+    @mode
+    def export_of_loss_and_gradients(ce):
+        from torch.export.experimental import _export_forward_backward
+
+        program = export(Model(ce), (x, t), strict=True)
+        joint = _export_forward_backward(program)
+        return joint.graph_module(*(p.detach() for p in program.parameters()), x, t)
+
+    @mode
+    def draft_export(ce):
+        return torch.export.draft_export(Model(ce), (x, t)).module()(x, t)
+
+    @mode
+    def export_compiled_again(ce):
+        program = export(Model(ce), (x, t)).module()
+        loss = torch.compile(program, backend="aot_eager")(x, t)
+        loss.backward()
+        return [loss, *(p.grad for p in program.parameters())]
+
+    @mode
+    def ahead_of_time_functions(ce):
+        from torch._functorch.aot_autograd import aot_export_module, aot_function
+
+        (y, u), out = data(), []
+        loss = aot_function(lambda x, t: ce(x * 1, t), fw_compiler=lambda g, _: g)(y, u)
+        out += [loss, *torch.autograd.grad(loss, y)]
+        m = Model(ce)
+        tupled = Model(lambda *call, **kw: (ce(*call, **kw),))
+        for joint in (False, True):
+            kw = {"output_loss_index": 0} if joint else {}
+            graph, _ = aot_export_module(tupled, (x, t), trace_joint=joint, **kw)
+            out += graph(*(p.detach() for p in m.parameters()), x, t)
+        return out
+
+    for dynamo in (False, True):
+
+        def onnx(ce, dynamo=dynamo):
+            import io
+
+            for package in ("onnx", "onnxscript", "onnxruntime"):
+                pytest.importorskip(package, reason=f"torch's ONNX exporters need {package}")
+            import onnxruntime
+
+            file = io.BytesIO()
+            made = torch.onnx.export(
+                Model(ce).eval(), (x, t), file, dynamo=dynamo, input_names=["x", "t"], verbose=False
+            )
+            if made is not None:
+                made.save(file)
+            session = onnxruntime.InferenceSession(file.getvalue())
+            run = session.run(None, {"x": x.numpy(), "t": t.numpy()})
+            return [torch.tensor(value) for value in run]
+
+        MODES[f"onnx dynamo={dynamo}"] = onnx
 
 
 _export_modes()
@@ -882,3 +1129,190 @@ def multiprocessing_threads(ce):
     th.start()
     th.join()
     return out
+
+
+# ---- more that looks on: dispatch modes, hooks, function modes, tracers ----
+@mode
+def selective_checkpoint(ce):
+    from torch.utils import checkpoint as c
+
+    x, t = data()
+    kept = [torch.ops.aten._log_softmax.default]
+    f = lambda x: ce(x * 2, t, label_smoothing=0.1)
+    context = lambda: c.create_selective_checkpoint_contexts(kept)
+    loss = c.checkpoint(f, x, use_reentrant=False, context_fn=context)
+    return [loss, *torch.autograd.grad(loss, x)]
+
+
+@mode
+def mutation_of_saved_tensors_allowed(ce):
+    x, t = data()
+    y = x * 1
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        loss = ce(y, t)
+        y.mul_(2)
+        t.zero_()
+        return torch.autograd.grad(loss, x)
+
+
+@mode
+def hooks_on_graphs_and_accumulation(ce):
+    x, t = data()
+    y, seen = x.detach().clone().requires_grad_(), []
+    x.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    torch.autograd.graph.register_multi_grad_hook([x, y], lambda grads: seen.extend(grads))
+    with torch.autograd.set_multithreading_enabled(False):
+        (ce(x, t) + 2 * ce(y, t, reduction="sum")).backward(inputs=[x, y])
+    z = x * 1
+    edge = torch.autograd.graph.get_gradient_edge(z)
+    return [*seen, *torch.autograd.grad(ce(z, t), edge)]
+
+
+@mode
+def a_mode_that_counts(ce):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, t = data()
+    with Count():
+        (g,) = torch.autograd.grad(ce(x, t), x)
+    return [g, names]
+
+
+@mode
+def a_function_mode_and_a_subclass(ce):
+    from torch.overrides import TorchFunctionMode
+
+    names = []
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            names.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    class Mine(torch.Tensor):
+        pass
+
+    x, t = data()
+    with Count():
+        loss = ce(x, t)
+    of_mine = ce(x.as_subclass(Mine), t)
+    plain = of_mine.as_subclass(torch.Tensor)
+    return [loss, names.count("cross_entropy"), plain, type(of_mine).__name__]
+
+
+@mode
+def default_dtype_of_float64(ce):
+    torch.set_default_dtype(torch.float64)
+    try:
+        x, t = data()
+        return [ce(x, t), *torch.autograd.grad(ce(x.double(), t, label_smoothing=0.1), x)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@mode
+def negated_and_zero_tensors(ce):
+    x, t = data(grad=False)
+    w, up = torch.linspace(-2, -0.5, C), torch.linspace(-1, 1, N)
+    y = torch._neg_view(x).requires_grad_()
+    loss = ce(y, t, torch._neg_view(w), reduction="none")
+    out = [loss, *torch.autograd.grad(loss, y, torch._neg_view(up), retain_graph=True)]
+    out += torch.autograd.grad(loss, y, torch._efficientzerotensor((N,)))
+    return [*out, ce(x, torch._neg_view(x)), ce(torch._efficientzerotensor((N, C)), t)]
+
+
+@mode
+def linearize(ce):
+    x, t = data(grad=False)
+    value, push = torch.func.linearize(lambda x: ce(x, t), x)
+    return [value, push(x.cos())]
+
+
+@mode
+def functional_call(ce):
+    m, x, t = nn.Linear(4, C), torch.linspace(-1, 1, N * 4).reshape(N, 4), data()[1]
+    params = {"weight": torch.linspace(-1, 1, 4 * C).reshape(C, 4), "bias": torch.zeros(C)}
+    f = lambda params: ce(torch.func.functional_call(m, params, x), t)
+    plain = {name: p.clone().requires_grad_() for name, p in params.items()}
+    return [*torch.func.grad(f)(params).values(), *torch.autograd.grad(f(plain), plain.values())]
+
+
+@mode
+def symbolic_trace(ce):
+    class M(nn.Module):
+        def forward(self, x, t):
+            return ce(x, t, label_smoothing=0.1)
+
+    x, t = data()
+    traced = torch.fx.symbolic_trace(M())
+    return [traced(x, t), str(traced.graph).count("cross_entropy")]
+
+
+@mode
+def scaler(ce):
+    from torch.amp import GradScaler
+
+    x, t = data(torch.float16)
+    opt, scaler = torch.optim.SGD([p := x.detach().float().requires_grad_()], 1), GradScaler("cpu")
+    for _ in range(2):
+        opt.zero_grad()
+        scaler.scale(ce(p.half(), t, reduction="sum")).backward()
+        scaler.step(opt)
+        scaler.update()
+    return p.half()
+
+
+@mode
+def sharded_logits(ce):
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor.parallel import loss_parallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    x, t = data(grad=False)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        y = distribute_tensor(x, mesh, [Shard(1)]).requires_grad_()
+        u = distribute_tensor(t, mesh, [Replicate()])
+        with loss_parallel():
+            loss = ce(y, u)
+            (g,) = torch.autograd.grad(loss, y)
+        return [loss.to_local(), g.to_local()]
+    finally:
+        dist.destroy_process_group()
+
+
+@mode
+def tensorboard_graph(ce):
+    pytest.importorskip("tensorboard", reason="TensorBoard's add_graph needs tensorboard")
+    from torch.utils.tensorboard._pytorch_graph import graph
+
+    found, _ = graph(Model(ce), (torch.zeros(N, 4), data()[1]))
+    return sorted(node.op for node in found.node)
+
+
+@mode
+def frozen_script(ce):
+    cls = nn.CrossEntropyLoss if ce is STOCK else fastopt.CrossEntropyLoss
+    x, t = data()
+    s = torch.jit.freeze(torch.jit.script(cls(weight=torch.linspace(0.5, 2, C)).eval()))
+    return [s(x, t), s(x, x.softmax(1)), *torch.autograd.grad(s(x, t), x)]
+
+
+@mode
+def saved_trace(ce):
+    import io
+
+    t, file = data()[1], io.BytesIO()
+    torch.jit.save(torch.jit.trace(Model(ce), (torch.ones(N, 4), t)), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    return [loaded(torch.ones(N, 4), t), "fastopt" in str(loaded.graph)]

@@ -52,6 +52,15 @@ def test_the_crossover() -> None:
     assert counts(done.stdout)["passed"] >= 20 and "skipped" not in counts(done.stdout)
 
 
+def test_the_matrix_as_users_run_it() -> None:
+    """Calls of every kind, most of them large enough for our kernels and some not."""
+    done = run_pytest(
+        HERE / "test_cross_entropy_modes.py", "-k", "crossed_with_ways", FASTOPT_ALWAYS="0"
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert counts(done.stdout)["passed"] >= 40 and "skipped" not in counts(done.stdout)
+
+
 def test_the_values_pass_with_kernels_and_with_the_reference() -> None:
     done = run_pytest(*(HERE / test for test in VALUES))
     assert counts(done.stdout)["passed"] == len(VALUES), done.stdout[-8000:]
