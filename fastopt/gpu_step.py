@@ -1,7 +1,7 @@
 """SGD's step on GPU, below optim.py: the parameters of one device, gathered into one table for the
 kernels of csrc/cuda/sgd.h or kernels/sgd.py.
 
-    DeviceStep          what lasts from step to step on one device
+    DeviceStep          what lasts from step to step on one device: no reference to a tensor of it
     DeviceStep.gather   reads the tensors; says which are left to torch's path
     DeviceStep.launch   hands the table to the kernels
 
@@ -15,6 +15,7 @@ import functools
 import math
 import struct
 import sys
+import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,20 +23,21 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import gt, is_, itemgetter
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from fastopt import ops, sgd_gather
+from fastopt import ops
 from fastopt.sgd_gather import (
     GROUP_WORDS,
+    LAYOUT,
     NEEDS_BUFFER,
     OVERLAPPING,
     READY,
     ROW_WORDS,
-    TENSOR_OFFSET,
     TORCH,
     Gather,
 )
@@ -291,69 +293,122 @@ def _pack_group(group: dict[str, Any], device: torch.device, kept: list[Tensor])
     )
 
 
+def places(params: Iterable[Any], devices: Iterable[torch.device | None]) -> dict[Any, list[int]]:
+    """Where the parameters of each GPU are among all."""
+    found: dict[Any, list[int]] = {}
+    for i, (_, device) in enumerate(zip(params, devices, strict=True)):
+        if device is not None:
+            found.setdefault(device, []).append(i)
+    return found
+
+
+class Devices:
+    """The DeviceSteps of an optimizer, and a lock for whoever uses one: no Python but ours and
+    torch's runs under it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.steps: dict[torch.device, DeviceStep] = {}
+
+    def step(
+        self,
+        device: torch.device,
+        group_of: tuple[int, ...],
+        read_buffers: Callable[[], list[Any]],
+    ) -> "DeviceStep":
+        step = self.steps.get(device)
+        if step is None or step.group_of != group_of:
+            old, step = step, DeviceStep(device, group_of)
+            if old is not None:
+                step.adopt(old, read_buffers())
+            self.steps[device] = step
+        return step
+
+    def unstarted(self) -> list[Tensor]:
+        with self.lock:
+            return [buffer for step in self.steps.values() for buffer in step.unstarted()]
+
+
+@dataclass
+class Gathered:
+    """The tensors of one step on one device."""
+
+    params: tuple[Any, ...]
+    buffers: tuple[Any, ...]
+    rows: Any  # ROW_WORDS per parameter
+    ready: Sequence[int]  # the places of those that the kernels take
+    left: list[int]  # and of those that torch's path must take
+    created: list[int]  # whose buffers are new
+    scale: Tensor | None
+    inf: Tensor | None
+
+
+def _other() -> None:
+    """Instead of a reference to a buffer: whatever is there was made by others."""
+
+
 class DeviceStep:
-    """The parameters of an optimizer that are on one device.
+    """The parameters of an optimizer that are on one device, by their places.
 
     Momentum buffers are torch's: created in the first step, one per parameter, in the optimizer's
     state. Whether one holds a value already is known on the device only (a step that overflowed has
-    left it alone), in `started`: it speaks of the buffers in `known` (`...` is none); any other
+    left it alone), in `started`: it speaks of the buffers in `known`, if they are alive; any other
     buffer was loaded or made by torch, and holds a value.
     """
 
-    def __init__(
-        self, device: torch.device, params: Sequence[Any], group_of: Sequence[int]
-    ) -> None:
+    def __init__(self, device: torch.device, group_of: tuple[int, ...]) -> None:
         self.device = device
-        self.params = tuple(params)
-        self.known: list[Any] = [None] * len(self.params)
+        self.group_of = group_of
+        self.count = len(group_of)
+        self.known: list[Callable[[], Any] | None] = [None] * self.count
         with torch.inference_mode(False):  # it is written in every mode
-            self.started = torch.zeros(len(self.params) + 1, dtype=torch.int32, device=device)
+            self.started = torch.zeros(self.count + 1, dtype=torch.int32, device=device)
         self.stream: torch.cuda.Stream | None = None  # of the last step
         self.unsure = False  # whether `known` may hold buffers that have not started
-        self.group_of = tuple(group_of)
         self.options: tuple[Any, ...] = ()
-        self.plain = _PLAIN.issuperset(map(type, self.params))
         self.reader: Gather | None = None
-        if TENSOR_OFFSET is not None:
-            self.reader = Gather(self.params, self.group_of, device, gather_only=True)
-        self.written: list[tuple[int, int]] = []  # memory that a step writes
-        self.begins: list[int] = []
-        self.ends: list[int] = []
-        self.shared = False
+        if LAYOUT is not None:
+            self.reader = Gather(self.count, group_of, device)
 
-    def holds(self, params: Sequence[Any], group_of: Sequence[int]) -> bool:
-        return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and self.group_of == tuple(group_of)
-        )
-
-    def adopt(self, other: "DeviceStep") -> None:
-        """Take over what another knows of the same parameters."""
+    def adopt(self, other: "DeviceStep", buffers: Sequence[Any]) -> None:
+        """Take over what another, or it itself before, knows of these buffers."""
         other.follow_last_step()
-        places = {id(param): i for i, param in enumerate(other.params)}
-        moves = [(i, i - places[id(p)]) for i, p in enumerate(self.params) if id(p) in places]
+        place_of = {id(buffer): i for i, buffer in enumerate(other._alive()) if buffer is not None}
+        moves = [(i, i - place_of[id(b)]) for i, b in enumerate(buffers) if id(b) in place_of]
+        known, started = list(other.known), other.started
+        if other is self:
+            started = started.clone()
         for begin, end, shift in _runs(moves):
-            self.started[begin:end].copy_(other.started[begin - shift : end - shift])
-            self.known[begin:end] = other.known[begin - shift : end - shift]
+            self.started[begin:end].copy_(started[begin - shift : end - shift])
+            self.known[begin:end] = known[begin - shift : end - shift]
         self.unsure = other.unsure
+
+    def rearrange(self, buffers: Sequence[Any]) -> None:
+        """Parameters may have changed places since the last step."""
+        if self.unsure:
+            known = self._alive()
+            alive = {id(buffer) for buffer in known if buffer is not None}
+            if any(id(b) in alive and b is not k for b, k in zip(buffers, known, strict=True)):
+                self.adopt(self, buffers)
+
+    def _alive(self) -> list[Any]:
+        return [None if known is None else known() for known in self.known]
 
     def follow_last_step(self) -> None:
         """What is enqueued from now on comes after the last step, whatever stream that was on."""
         if self.stream is not None and not capturing(self.device):
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def unstarted(self) -> list[tuple[Any, Any]]:
-        """The parameters whose known buffer holds no value yet, each with that buffer. Waits for
-        the device if need be."""
+    def unstarted(self) -> list[Tensor]:
+        """The known buffers that hold no value yet. Waits for the device if need be."""
         if not self.unsure:
             return []
         self.follow_last_step()
         started = self.started.tolist()
         left = [
-            (param, buffer)
-            for param, buffer, flag in zip(self.params, self.known, started, strict=False)
-            if buffer is not None and buffer is not ... and not flag
+            buffer
+            for buffer, flag in zip(self._alive(), started, strict=False)
+            if buffer is not None and not flag
         ]
         self.unsure = bool(left)
         return left
@@ -362,60 +417,71 @@ class DeviceStep:
         """Make `started` speak of buffers that are there already. In a step it would be too late if
         a graph captures that: nothing of it runs before the first replay."""
         loaded = []
-        for place, buffer in enumerate(buffers):
-            if buffer is not None and buffer is not self.known[place]:
+        for place, (buffer, known) in enumerate(zip(buffers, self._alive(), strict=True)):
+            if buffer is not None and buffer is not known:
                 loaded.append((place, 1))
-                self.known[place] = buffer
+                self.known[place] = ref(buffer) if isinstance(buffer, Tensor) else _other
         for begin, end, value in _runs(loaded):
             self.started[begin:end].fill_(value)
 
-    def forget(self) -> None:
-        """torch's path has updated what gather left to it: those buffers are torch's now."""
-        for place in self.left:
-            self.known[place] = ...
+    def forget(self, left: Iterable[int]) -> None:
+        """torch's path updates these: their buffers are torch's now."""
+        for place in left:
+            self.known[place] = _other
 
     def gather(
-        self, groups: list[dict[str, Any]], grads: tuple[Any, ...], buffers: tuple[Any, ...]
-    ) -> list[int]:
-        """Read the tensors of a step. Returns the places of those that torch's path must take."""
+        self,
+        groups: list[dict[str, Any]],
+        tensors: tuple[tuple[Any, ...], ...],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Gathered:
+        """Read the tensors of a step: the addresses last, when nothing else is left to do before
+        the launch."""
         self._read_options(groups)
-        self.buffers = buffers
-        self.left = (
-            self._gather_in_python(grads)
-            if self.reader is None
-            else self._gather_in_cpp(self.reader, grads, buffers)
+        scale, inf = (
+            None if t is None else t.to(self.device, torch.float32, non_blocking=True)
+            for t in (grad_scale, found_inf)
         )
-        return self.left
+        read = self._read_in_python if self.reader is None else self._read_in_cpp
+        params, grads, buffers = tensors
+        found = read(params, grads, buffers)
+        made = [i for i in found.ready if found.buffers[i] is not buffers[i]]
+        if not found.left and self._settle(found, made):
+            found = read(params, grads, found.buffers)
+        found.created, found.scale, found.inf = made, scale, inf
+        return found
 
-    def _gather_in_cpp(
-        self, reader: Gather, grads: tuple[Any, ...], buffers: tuple[Any, ...]
-    ) -> list[int]:
-        shards, made = self._shards(grads), self._shards(buffers)
-        if not self.plain:
-            reader.params = self._shards(self.params)
-            reader.table.params = sgd_gather.items(reader.params)
-        reader.table.groups = self.numbers.buffer_info()[0]
-        seen = reader.read(shards, made)
+    def _read_in_cpp(
+        self, params: tuple[Any, ...], grads: tuple[Any, ...], buffers: tuple[Any, ...]
+    ) -> Gathered:
+        reader, numbers = self.reader, self.numbers.buffer_info()[0]
+        assert reader is not None
+        shards = [params, grads, buffers]
+        seen = reader.read(numbers, *shards)
+        sharded = bool(seen & TORCH) and any(map(_dtensor, params))
+        if sharded:
+            shards = [tuple(map(_shard, params, tensors)) for tensors in shards]
+            seen = reader.read(numbers, *shards)
         if seen & NEEDS_BUFFER and not seen & OVERLAPPING:
-            self.buffers = tuple(
+            buffers = tuple(
                 self._new_buffer(grad) if verdict == NEEDS_BUFFER else buffer
                 for grad, buffer, verdict in zip(grads, buffers, reader.verdicts, strict=True)
             )
-            made = self._shards(self.buffers)
-            seen = reader.read(shards, made)
-        self.rows = reader.rows
-        self.ready: Sequence[int] = range(len(self.params))
-        if seen == READY:
-            return []
+            shards[2] = tuple(map(_shard, params, buffers)) if sharded else buffers
+            seen = reader.read(numbers, *shards)
+        ready: Sequence[int] = range(self.count)
+        left = []
         if seen & OVERLAPPING:
-            self.ready = ()
-            return [i for i, grad in enumerate(grads) if grad is not None]
-        self.ready = [i for i, verdict in enumerate(reader.verdicts) if verdict == READY]
-        return [i for i, verdict in enumerate(reader.verdicts) if verdict == TORCH]
+            ready, left = (), [i for i, grad in enumerate(grads) if grad is not None]
+        elif seen != READY:
+            ready = [i for i, verdict in enumerate(reader.verdicts) if verdict == READY]
+            left = [i for i, verdict in enumerate(reader.verdicts) if verdict == TORCH]
+        return Gathered(params, buffers, reader.rows, ready, left, [], None, None)
 
     def _read_options(self, groups: list[dict[str, Any]]) -> None:
         options = tuple(chain.from_iterable(map(_get_options, groups)))
-        if self.options and all(map(is_, options, self.options)):
+        if len(self.options) == len(options) > 0 and all(map(is_, options, self.options)):
             return
         self.kept: list[Tensor] = []
         self.packed = [_pack_group(group, self.device, self.kept) for group in groups]
@@ -424,10 +490,6 @@ class DeviceStep:
         self.numbers = array("d", chain.from_iterable(group.numbers for group in self.packed))
         # A tensor, unlike a number, can change and stay the same object.
         self.options = options if _NUMBERS.issuperset(map(type, options)) else ()
-
-    def _shards(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The memory of tensors that go with the parameters."""
-        return tensors if self.plain else tuple(map(_shard, self.params, tensors))
 
     def _new_buffer(self, grad: Any) -> Any:
         if not capturing(self.device):
@@ -442,26 +504,27 @@ class DeviceStep:
         finally:
             deterministic.fill_uninitialized_memory = fill
 
-    def _gather_in_python(self, grads: Sequence[Any]) -> list[int]:
+    def _read_in_python(
+        self, params: tuple[Any, ...], grads: tuple[Any, ...], buffers: tuple[Any, ...]
+    ) -> Gathered:
         """As csrc/cpu/sgd.cpp, where it was not built."""
-        buffers = list(self.buffers)
+        held = list(buffers)
         ready: list[int] = []
-        rows = [_NO_ROW] * len(self.params)
+        rows = [_NO_ROW] * self.count
         left = []
-        for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if grad is None:
                 continue
-            row = self._row(i, param, grad, buffers, self.group_of[i])
+            row = self._row(i, param, grad, held, self.group_of[i])
             if row is None:
                 left.append(i)
             else:
                 rows[i] = row
                 ready.append(i)
-        if self._overlap(rows):
+        if _overlap(rows):
             left, ready = sorted(left + ready), []
-        self.buffers, self.ready = tuple(buffers), ready
-        self.rows = (ctypes.c_int64 * (ROW_WORDS * len(rows)))(*chain.from_iterable(rows))
-        return left
+        words = (ctypes.c_int64 * (ROW_WORDS * len(rows)))(*chain.from_iterable(rows))
+        return Gathered(params, tuple(held), words, ready, left, [], None, None)
 
     def _row(
         self, i: int, param: Any, grad: Any, buffers: list[Any], index: int
@@ -494,89 +557,75 @@ class DeviceStep:
             own.data_ptr(), gradient.data_ptr(), address, own.numel(), 0, index | element << 32
         )  # fmt: skip
 
-    def _overlap(self, rows: list[tuple[int, ...]]) -> bool:
-        """Whether memory is shared between rows: torch updates those one by one. A gradient may be
-        its own parameter: every element is read before it is written."""
-        written, read = [], []
-        for param, grad, buffer, numel, _, packed in rows:
-            if numel:
-                size = numel * _SIZES[packed >> 32]
-                written.append((param, param + size))
-                if buffer:
-                    written.append((buffer, buffer + size))
-                if grad != param:
-                    read.append((grad, grad + size))
-        if written != self.written:  # rarely: parameters and buffers stay where they are
-            self.written = written
-            ordered = sorted(written)
-            self.begins = [begin for begin, _ in ordered]
-            self.ends = [end for _, end in ordered]
-            self.shared = any(map(gt, self.ends, self.begins[1:]))
-        if self.shared:
-            return True
-        for begin, end in read:
-            at = bisect_right(self.ends, begin)
-            if at < len(self.begins) and self.begins[at] < end:
-                return True
-        return False
-
-    def launch(
-        self,
-        run: Callable[[Launch], None],
-        state: dict[Any, dict[str, Any]],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """Enqueue the update of what gather found ready."""
-        if not self.ready:
+    def launch(self, run: Callable[[Launch], None], gathered: Gathered) -> None:
+        """Enqueue the update of what is ready."""
+        if not gathered.ready:
             return
-        known = len(self.ready) == len(self.params) and all(map(is_, self.buffers, self.known))
-        created = [] if known else self._settle(state)
-        scale, inf = (
-            None if t is None else t.to(self.device, torch.float32, non_blocking=True)
-            for t in (grad_scale, found_inf)
-        )
-        run(Launch(self.rows, self.groups, self.started, scale, inf, self.device, self.kept))
-        if capturing(self.device):
-            captured.append((self.started, self.kept, scale, inf))
-        elif self.device.type == "cuda":
+        scale, inf = gathered.scale, gathered.inf
+        if self.device.type == "cuda" and not capturing(self.device):
             handle = torch._C._cuda_getCurrentRawStream(self.device.index)
             if self.stream is None or handle != self.stream.cuda_stream:
+                self.follow_last_step()  # which wrote `started`
                 self.stream = torch.cuda.current_stream(self.device)
                 self.started.record_stream(self.stream)  # freed memory waits for it
-        for i in created:
-            state[self.params[i]]["momentum_buffer"] = self.buffers[i]
-        if created and (inf is not None or self.kept or capturing(self.device)):
+        run(Launch(gathered.rows, self.groups, self.started, scale, inf, self.device, self.kept))
+        if capturing(self.device):
+            captured.append((self.started, self.kept, scale, inf))
+        if gathered.created and (inf is not None or self.kept or capturing(self.device)):
             self.unsure = True
-        changed = [*self.params, *self.buffers]
-        if len(self.ready) != len(self.params):
-            changed = [tensors[i] for tensors in (self.params, self.buffers) for i in self.ready]
+        params, buffers = gathered.params, gathered.buffers
+        changed = [*params, *buffers]
+        if len(gathered.ready) != len(params):
+            changed = [tensors[i] for tensors in (params, buffers) for i in gathered.ready]
         if not self.all_momentum:
             changed = [tensor for tensor in changed if tensor is not None]
-        if not self.plain:
-            changed += [t.to_local() for t in changed if type(t) not in _PLAIN]
+        changed += [t.to_local() for t in changed if type(t) not in _PLAIN]
         increment_version(changed)
 
-    def _settle(self, state: dict[Any, dict[str, Any]]) -> list[int]:
-        """Make `started` speak of this step's buffers. Returns the places of new ones."""
-        created = []
+    def _settle(self, gathered: Gathered, made: list[int]) -> bool:
+        """Make `started` speak of this step's buffers. Returns whether there was something to do."""
+        buffers = gathered.buffers
+        known = self._alive()
+        if all(map(is_, buffers, known)):
+            return False
+        new = set(made)
         settled = []  # (place, value)
-        for i in self.ready:
-            buffer = self.buffers[i]
-            if buffer is None or buffer is self.known[i]:
+        for i in gathered.ready:
+            buffer = buffers[i]
+            if buffer is None or buffer is known[i]:
                 continue
-            is_new = state.get(self.params[i], {}).get("momentum_buffer") is not buffer
-            if is_new:
-                created.append(i)
             # The kernels have nothing to write into an empty buffer, and never mark it.
-            holds = not is_new or buffer.numel() == 0
+            holds = i not in new or buffer.numel() == 0
             if holds or self.known[i] is not None:  # else `started` is 0 already
                 settled.append((i, int(holds)))
-            if is_new or not capturing(self.device):  # captured: not marked before a replay
-                self.known[i] = buffer
+            if i in new or not capturing(self.device):  # captured: not marked before a replay
+                self.known[i] = ref(buffer)
         for begin, end, value in _runs(settled):
             self.started[begin:end].fill_(value)
-        return created
+        return bool(new or settled)
+
+
+def _overlap(rows: list[tuple[int, ...]]) -> bool:
+    """Whether memory is shared between rows: torch updates those one by one. A gradient may be its
+    own parameter: every element is read before it is written."""
+    written, read = [], []
+    for param, grad, buffer, numel, _, packed in rows:
+        if numel:
+            size = numel * _SIZES[packed >> 32]
+            written.append((param, param + size))
+            if buffer:
+                written.append((buffer, buffer + size))
+            if grad != param:
+                read.append((grad, grad + size))
+    written.sort()
+    begins, ends = ([span[side] for span in written] for side in (0, 1))
+    if any(map(gt, ends, begins[1:])):
+        return True
+    for begin, end in read:
+        at = bisect_right(ends, begin)
+        if at < len(begins) and begins[at] < end:
+            return True
+    return False
 
 
 def _runs(settled: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:

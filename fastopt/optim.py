@@ -3,45 +3,44 @@
 What a step does, top to bottom:
 
     SGD.step         the closure, the GradScaler; can the kernels be used at all here?
-    _Plan            what lasts from step to step: the parameters, their groups and their state
-    gather           csrc/cpu/sgd.cpp reads the tensors and gives each parameter a verdict
-    SGD._torch_step  torch's own update, for the parameters that the kernels do not take
-    run              csrc/cpu/sgd.cpp updates the others
+    _whole_step      csrc/cpu/sgd.cpp or gpu_step.py updates all parameters at once. If one of them
+                     is not theirs, or has yet to get a momentum buffer, nothing has happened:
+    _step_by_group   torch's own step, group by group and in its order, with our kernels for those
+                     parameters that they take
 
-Parameters on a GPU go to gpu_step.py instead of gather and run.
+From step to step an optimizer keeps numbers (_Plan), no tensor. Threads share nothing else: what a
+step uses, it holds. A subclass may use any name but those that begin with _fastopt.
 """
 
+import ctypes
 import functools
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, compress
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import chain, compress, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.optim.sgd import sgd
+from torch.utils._device import DeviceContext
 
 from fastopt import gpu_step, ops, sgd_gather
-from fastopt.gpu_step import DeviceStep, Launch
-from fastopt.sgd_gather import (
-    DONE,
-    GROUP_WORDS,
-    NEEDS_BUFFER,
-    OVERLAPPING,
-    READY,
-    TENSOR_OFFSET,
-    TORCH,
-    Gather,
-)
+from fastopt.gpu_step import Devices, DeviceStep, Launch
+from fastopt.sgd_gather import GROUP_WORDS, NEEDS_BUFFER, NO_GRADIENT, READY, Gather
 
 _MOMENTUM = 2  # where it is in a SgdGroup
+_OPTIONS = "lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "foreach", "fused"
 
 _get_grad = attrgetter("grad")
 _get_params = itemgetter("params")
-_get_momentum_buffer = itemgetter("momentum_buffer")
+_get_options = itemgetter(*_OPTIONS)
+_init_group = torch.optim.SGD._init_group
+_INT_MAX = 2**53  # beyond, torch's integers and our doubles round differently
 
 
 def _gpu_family() -> str | None:
@@ -54,50 +53,65 @@ _LAUNCHERS: dict[Any, Callable[[Launch], None]] = {
     "triton": gpu_step.launch_triton,
 }
 
+# What torch's dispatcher asks in every call while no mode, tracer or transform wants to see it.
+_key = torch._C.DispatchKey
+_EAGER = torch._C.DispatchKeySet(_key.BackendSelect).add(_key.ADInplaceOrView).raw_repr()
+
 
 def _is_plain_call() -> bool:
     """Whether an update that torch cannot see is the same as one that it can."""
     return (
-        not torch.is_inference_mode_enabled()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        torch._C._dispatch_tls_local_include_set().raw_repr() == _EAGER
+        and forward_ad._current_level < 0  # beyond, tensors may have tangents
+        and (not (modes := torch._C._len_torch_function_stack()) or _only_set_devices(modes))
     )
+
+
+def _only_set_devices(modes: int) -> bool:
+    """Whether this is all that the modes of __torch_function__ do, as torch.set_default_device."""
+    return all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(modes))
 
 
 def _kernels_apply() -> bool:
     """Whether the CPU kernels can be used."""
-    return TENSOR_OFFSET is not None and _is_plain_call()
+    return sgd_gather.LAYOUT is not None and _is_plain_call()
 
 
-_get_options = itemgetter("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
-_NUMBERS = {float, int, bool}
+_NUMBERS = {float, int, bool, type(None)}
 _NOT_SERVED = array("d", bytes(8 * GROUP_WORDS))
 
 
-def _group_row(group: dict[str, Any]) -> "array[float]":
+def _group_row(options: tuple[Any, ...]) -> "array[float]":
     """A group's SgdGroup. The last number says whether the kernels serve its parameters."""
-    lr, weight_decay, *others = _get_options(group)
-    if any(isinstance(option, Tensor) for option in others):
+    lr, weight_decay, momentum, dampening, nesterov, maximize, *_ = options
+    scalar = not isinstance(weight_decay, Tensor) or weight_decay.dim() == 0
+    numbers = [
+        _number(lr),  # of any shape, which torch's loop refuses of a weight decay
+        _number(weight_decay) if scalar else None,
+        *(None if isinstance(o, Tensor) else _number(o) for o in (momentum, dampening)),
+    ]
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers) or not _NUMBERS.issuperset((type(nesterov), type(maximize))):
         return _NOT_SERVED
-    try:
-        return array("d", (_plain_number(lr), _plain_number(weight_decay), *others, True))
-    except (TypeError, OverflowError):  # torch knows what to say
-        return _NOT_SERVED
+    return array("d", (*known, bool(nesterov), bool(maximize), True))
 
 
-def _plain_number(option: Any) -> Any:
-    """The number that torch's for-loop uses where an option is a tensor. None if there is more to
-    it: a gradient, a device to wait for, arithmetic in integers."""
-    if not isinstance(option, Tensor):
-        return option
+def _number(option: Any) -> float | None:
+    """The number that torch's for-loop uses. None if there is more to it: a gradient, a device to
+    wait for, arithmetic of its own, a type that torch refuses."""
+    kind = type(option)
+    if kind is float or (kind is int and -_INT_MAX <= option <= _INT_MAX):
+        return float(option)
+    if isinstance(option, float) and kind.__module__ == "numpy":  # float64, that is
+        return float(option)
     if (
-        type(option) is Tensor
+        kind is Tensor
         and option.numel() == 1
         and option.is_floating_point()
         and option.device.type == "cpu"
         and not option.requires_grad
     ):
-        return option.item()
+        return float(option.item())
     return None
 
 
@@ -109,65 +123,72 @@ def _is_served_gpu(device: torch.device) -> bool:
     )
 
 
-def _has_device_step(param: Tensor) -> bool:
-    """Whether a DeviceStep has room for it. Whether kernels then update it, gather decides."""
-    return _is_served_gpu(param.device) and gpu_step.local(param) is not None
-
-
-def _is_on_gpu(param: Tensor) -> bool:
-    return param.device.type == gpu_step.DEVICE_TYPE
+def _gpu_of(param: Any) -> torch.device | None:
+    """The GPU whose DeviceStep has room for it. Whether kernels then update it, gather decides."""
+    if _gpu_family() is None or gpu_step.local(param) is None or not _is_served_gpu(param.device):
+        return None
+    device: torch.device = param.device
+    return device
 
 
 class _Plan:
-    """What lasts from step to step: the parameters, their groups and their state, as objects. What
-    is in the tensors, their memory included, is read afresh in every step."""
+    """What lasts from step to step: numbers that follow from the groups' sizes and options. It is
+    never changed, so that threads may share it."""
 
-    def __init__(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
-        self.sizes = list(map(len, map(_get_params, groups)))
-        self.params = tuple(chain.from_iterable(map(_get_params, groups)))
-        self.states = [state.get(param, {}) for param in self.params]
-        self.state_count = len(state)
-        self.objects = (*self.params, *state, *state.values())
-        # torch refuses to change tensors of inference mode outside it.
-        self.inference = any(
-            isinstance(tensor, Tensor) and tensor.is_inference()
-            for tensor in chain(self.params, self.momentum_buffers())
-        )
-
-        # If so, gather has nothing to do: asked once, because it only ever saves time.
-        self.on_gpu = all(_is_served_gpu(param.device) for param in self.params)
-        self.gpu_steps: list[tuple[DeviceStep, list[int]]] | None = None  # then, once made
-
-        group_of = chain.from_iterable([i] * size for i, size in enumerate(self.sizes))
-        self.gather = Gather(self.params, list(group_of), torch.device("cpu"))
-        self.group_of = self.gather.group_of
-        self.verdicts = self.gather.verdicts
-        self.options: tuple[Any, ...] = ()
-
-    def read_options(self, groups: list[dict[str, Any]]) -> None:
-        options = tuple(chain.from_iterable(map(_get_options, groups)))
-        if self.options and all(map(is_, options, self.options)):
-            return
-        self.group_rows = array("d", chain.from_iterable(map(_group_row, groups)))
-        self.gather.table.groups = self.group_rows.buffer_info()[0]
-        momenta = self.group_rows[_MOMENTUM::GROUP_WORDS]
-        self.any_momentum, self.all_momentum = any(momenta), all(momenta)
+    def __init__(
+        self,
+        sizes: list[int],
+        options: tuple[Any, ...],
+        params: Sequence[Any],
+        last: "_Plan | None",
+    ) -> None:
+        self.sizes, self.count = sizes, len(params)
+        # Those of GPUs, if all are there: where parameters were; gather finds what has moved.
+        self.devices: dict[torch.device, list[int]] | None = None
+        self.gather: Gather | None = None
+        self.group_of: tuple[int, ...]
+        if last is not None and last.sizes == sizes:
+            self.devices, self.group_of, self.gather = last.devices, last.group_of, last.gather
+        else:
+            places = gpu_step.places(params, map(_gpu_of, params)) if _gpu_family() else {}
+            if sum(map(len, places.values())) == self.count > 0:
+                self.devices = places
+            of_each = [[index] * size for index, size in enumerate(sizes)]
+            self.group_of = tuple(chain.from_iterable(of_each))
+            if self.devices is None and sgd_gather.LAYOUT is not None:
+                self.gather = Gather(self.count, self.group_of)
+        rows = map(_group_row, zip(*[iter(options)] * len(_OPTIONS), strict=True))
+        self.groups = array("d", chain.from_iterable(rows))
+        self.groups_at = self.groups.buffer_info()[0]
+        self.momenta = self.groups[_MOMENTUM::GROUP_WORDS]
+        self.any_momentum, self.all_momentum = any(self.momenta), all(self.momenta)
         # A tensor, unlike a number, can change and stay the same object.
-        self.options = options if _NUMBERS.issuperset(map(type, options)) else ()
+        self.options = options if _NUMBERS.issuperset(map(type, options)) else None
 
-    def holds(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
-        params = tuple(map(_get_params, groups))
+    def holds(self, sizes: list[int], options: tuple[Any, ...]) -> bool:
         return (
-            self.sizes == list(map(len, params))
-            and self.state_count == len(state)
-            and all(map(is_, self.objects, chain(*params, state, state.values())))
+            self.options is not None
+            and self.sizes == sizes
+            and len(self.options) == len(options)
+            and all(map(is_, options, self.options))
         )
 
-    def momentum_buffers(self) -> tuple[Tensor | None, ...]:
-        try:
-            return tuple(map(_get_momentum_buffer, self.states))
-        except KeyError:  # some parameter has yet to take its first step with momentum
-            return tuple(state.get("momentum_buffer") for state in self.states)
+
+_NO_STATE: dict[str, Any] = {}
+
+
+def _momentum_buffers(state: Any, params: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of each parameter, None where there is none. Raises where state is not as torch makes it."""
+    if type(state) is not defaultdict:
+        raise TypeError
+    if not state:
+        return (None,) * len(params)
+    buffers = tuple(map(dict.get, state.values(), repeat("momentum_buffer")))
+    if len(buffers) == len(params) and all(map(is_, params, state)):
+        return buffers
+    # Some parameters have no state yet, or it is in another order: by their hash, which costs more.
+    states = map(state.get, params, repeat(_NO_STATE))
+    return tuple(map(dict.get, states, repeat("momentum_buffer")))
 
 
 def _overflowed(found_inf: Tensor | None) -> bool:
@@ -261,58 +282,68 @@ class SGD(torch.optim.SGD):
     """
 
     # Not part of __getstate__: copies make their own.
-    _plan: _Plan | None = None
-    _devices: dict[torch.device, DeviceStep] | None = None
+    _fastopt_plan: _Plan | None = None
+    _fastopt_devices: Devices | None = None
+    _fastopt_skipped: Any = False
 
     @functools.wraps(torch.optim.SGD.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._prepare()
+        if "_step_supports_amp_scaling" in self.__dict__:
+            self.__dict__["_step_supports_amp_scaling"] = _AS_THE_GROUPS
+        _prepare(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        if self._devices is not None:  # torch's constructor comes here for each of its groups
-            self._prepare()
+        if (
+            self._fastopt_devices is not None
+        ):  # torch's constructor comes here for each of its groups
+            _prepare(self)
 
     add_param_group.__doc__ = torch.optim.SGD.add_param_group.__doc__
 
-    def _prepare(self) -> None:
-        """Room for what devices have to remember from step to step, and what they have to know of
-        momentum buffers that are there. A CUDA graph that captures the next step could do neither.
-        """
-        if self._devices is None:
-            self._devices = {}
-        by_device: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
-        for index, group in enumerate(self.param_groups if _is_plain_call() else ()):
-            for param in group["params"]:
-                if _has_device_step(param):
-                    params, group_of = by_device.setdefault(param.device, ([], []))
-                    params.append(param)
-                    group_of.append(index)
-        for device, (params, group_of) in by_device.items():
-            if not gpu_step.capturing(device):
-                buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params]
-                self._device_step(device, params, group_of).expect(buffers)
-
     @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler's question whether step() unscales by itself. Asked of the groups as they are:
-        # a flag kept beside them is wrong once a state dict with other options has been loaded.
-        return all(group.get("fused") for group in self.param_groups)
+    def _step_supports_amp_scaling(self) -> Any:
+        # GradScaler's question whether step() unscales by itself. torch's constructor answers it, and
+        # anybody may after that; its own answer would be wrong once a state dict with other options
+        # has been loaded, so that the groups are asked as they are.
+        try:
+            flag = self.__dict__["_step_supports_amp_scaling"]
+        except KeyError:
+            raise AttributeError("_step_supports_amp_scaling") from None
+        if flag is _AS_THE_GROUPS:
+            return all(group.get("fused") for group in self.param_groups)
+        return flag
 
     @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch's constructor keeps such a flag."""
+    def _step_supports_amp_scaling(self, value: Any) -> None:
+        self.__dict__["_step_supports_amp_scaling"] = value
+
+    @_step_supports_amp_scaling.deleter
+    def _step_supports_amp_scaling(self) -> None:
+        if self.__dict__.pop("_step_supports_amp_scaling", None) is None:
+            raise AttributeError("_step_supports_amp_scaling")
+
+    @property
+    def last_step_skipped(self) -> "bool | Tensor":
+        """Whether the last step left everything as it was, because ``found_inf`` told it to: a bool,
+        or on GPU a bool Tensor of one element there, so that nobody waits. GradScaler sets
+        ``found_inf`` where ``fused=True``; otherwise it does not call ``step`` after an overflow."""
+        if isinstance(self._fastopt_skipped, Tensor):
+            return self._fastopt_skipped != 0
+        return bool(self._fastopt_skipped)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None  # load_state_dict comes here: let go of the old momentum buffers
-        self._devices = None
-        self._prepare()
+        if "defaults" in state and all(group["fused"] for group in self.param_groups):
+            # A copy can be scaled like its original. (load_state_dict comes here without defaults.)
+            self.__dict__["_step_supports_amp_scaling"] = _AS_THE_GROUPS
+        self._fastopt_devices = None
+        _prepare(self)
 
     def __getstate__(self) -> dict[str, Any]:
         kept: dict[str, Any] = super().__getstate__()
-        unstarted = self._unstarted()
+        unstarted = _unstarted(self)
         if unstarted:
             state = kept["state"] = kept["state"].copy()
             for param in unstarted:
@@ -321,7 +352,7 @@ class SGD(torch.optim.SGD):
 
     def state_dict(self) -> dict[str, Any]:
         packed: dict[str, Any] = super().state_dict()
-        unstarted = set(map(id, self._unstarted()))
+        unstarted = set(map(id, _unstarted(self)))
         if unstarted:
             params = chain.from_iterable(map(_get_params, self.param_groups))
             for i, param in enumerate(params):
@@ -330,37 +361,6 @@ class SGD(torch.optim.SGD):
         return packed
 
     state_dict.__doc__ = torch.optim.SGD.state_dict.__doc__
-
-    def _unstarted(self) -> list[Tensor]:
-        """Parameters on GPUs whose buffer holds no value yet, because every step so far overflowed.
-        torch would take it for one that does."""
-        return [
-            param
-            for device in (self._devices or {}).values()
-            for param, buffer in device.unstarted()
-            if self.state.get(param, {}).get("momentum_buffer") is buffer
-        ]
-
-    def _drop_unstarted(self, params: Iterable[Tensor]) -> None:
-        """Before torch's path takes these parameters."""
-        unstarted = self._unstarted()
-        taken = set(map(id, params)) if unstarted else set()
-        for param in unstarted:
-            if id(param) in taken:
-                del self.state[param]["momentum_buffer"]
-
-    def _device_step(
-        self, device: torch.device, params: Sequence[Tensor], group_of: Sequence[int]
-    ) -> DeviceStep:
-        if self._devices is None:
-            self._devices = {}
-        step = self._devices.get(device)
-        if step is None or not step.holds(params, group_of):
-            old, step = step, DeviceStep(device, params, group_of)
-            if old is not None:
-                step.adopt(old)
-            self._devices[device] = step
-        return step
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -382,172 +382,421 @@ class SGD(torch.optim.SGD):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if torch.compiler.is_compiling():
             for group in self.param_groups:
-                self._torch_step(group, group["params"], grad_scale=grad_scale, found_inf=found_inf)
+                params, grads, buffers, has_sparse_grad = _read_group(self, group)
+                _torch_update(
+                    {name: group[name] for name in _OPTIONS},
+                    *(params, grads, buffers, has_sparse_grad),
+                    grad_scale=grad_scale,
+                    found_inf=found_inf,
+                )
+                _write_group(self, group, params, buffers)
             return loss
 
-        built = TENSOR_OFFSET is not None or _gpu_family() is not None
+        if found_inf is not None or self._fastopt_skipped is not False:
+            self._fastopt_skipped = found_inf
+            if not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu":
+                self._fastopt_skipped = _overflowed(found_inf)
+        built = sgd_gather.LAYOUT is not None or _gpu_family() is not None
         if built and _is_plain_call() and not self.defaults["differentiable"]:
-            self._kernel_step(grad_scale, found_inf)
-        elif not _overflowed(found_inf):
-            self._drop_unstarted(chain.from_iterable(map(_get_params, self.param_groups)))
-            inv_scale = _inv_scale(grad_scale)
-            for group in self.param_groups:
-                self._torch_step(group, group["params"], inv_scale=inv_scale)
+            _kernel_step(self, grad_scale, found_inf)
+        else:
+            _step_by_group(self, _Scale(grad_scale, found_inf), by_kernels=False)
         return loss
 
-    def _kernel_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        groups, plan = self.param_groups, self._plan
-        if plan is None or not plan.holds(groups, self.state):
-            plan = self._plan = _Plan(groups, self.state)
-        if plan.on_gpu and plan.params or TENSOR_OFFSET is None:
-            self._gpu_step(plan, range(len(plan.params)), grad_scale, found_inf)
-            return
-        if _overflowed(found_inf):
-            return
-        inv_scale = _inv_scale(grad_scale)
-        plan.read_options(groups)
-        params, gather = plan.params, plan.gather
+
+_AS_THE_GROUPS = object()
+
+
+class _Scale:
+    """What a GradScaler asks of a step: as it came, for kernels on a GPU, and as numbers, for which
+    the device is waited for, once."""
+
+    def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self.grad_scale, self.found_inf = grad_scale, found_inf
+        self.given = grad_scale is not None or found_inf is not None
+        if not isinstance(found_inf, Tensor):  # the sum over no gradient at all
+            self.overflowed, self.found_inf = bool(found_inf), None
+
+    @functools.cached_property
+    def overflowed(self) -> bool:
+        return _overflowed(self.found_inf)
+
+    @functools.cached_property
+    def inv_scale(self) -> float | None:
+        return _inv_scale(self.grad_scale)
+
+    @functools.cached_property
+    def pointer(self) -> Any:
+        """For C: where inv_scale is."""
+        return None if self.inv_scale is None else ctypes.pointer(ctypes.c_double(self.inv_scale))
+
+    @property
+    def address(self) -> int | None:
+        return None if self.pointer is None else ctypes.addressof(self.pointer.contents)
+
+
+_NO_SCALE = _Scale(None, None)
+
+
+def _kernel_step(optimizer: SGD, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    scale = _NO_SCALE
+    if grad_scale is not None or found_inf is not None:
+        scale = _Scale(grad_scale, found_inf)
+    if not _whole_step(optimizer, scale):
+        _step_by_group(optimizer, scale, by_kernels=True)
+
+
+def _read(optimizer: SGD) -> Any:
+    """All that a step needs, without a trace. None if something is not as torch's step wants it,
+    which then has to say so itself, at its time."""
+    try:
+        groups, plan = optimizer.param_groups, optimizer._fastopt_plan
+        if getattr(optimizer._init_group, "__func__", None) is not _init_group:
+            return None
+        lists = list(map(_get_params, groups))
+        sizes = list(map(len, lists))
+        options = tuple(chain.from_iterable(map(_get_options, groups)))
+        params = tuple(chain.from_iterable(lists))
+        if plan is None or not plan.holds(sizes, options):
+            plan = optimizer._fastopt_plan = _Plan(sizes, options, params, plan)
+        if len(params) != plan.count:
+            return None
         grads = tuple(map(_get_grad, params))
-        buffers: tuple[Any, ...] = plan.momentum_buffers() if plan.any_momentum else ()
+        buffers: tuple[Any, ...] = ()
+        if plan.any_momentum or plan.devices is not None:  # or perhaps: only the device knows
+            buffers = _momentum_buffers(optimizer.state, params)
+    except Exception:  # noqa: BLE001
+        return None
+    return plan, params, grads, buffers
 
-        gather.table.inv_scale = 1.0 if inv_scale is None else inv_scale
-        gather.table.unscale = inv_scale is not None
-        seen = OVERLAPPING if plan.inference else gather.read(grads, buffers)
 
-        first_step = b""
-        if seen & NEEDS_BUFFER and not seen & OVERLAPPING:
-            # The kernel fills the new buffers. The state learns of them when it has.
-            first_step = bytes(verdict == NEEDS_BUFFER for verdict in plan.verdicts)
-            buffers = tuple(
-                torch.empty_like(grad) if first else buffer
-                for grad, buffer, first in zip(grads, buffers, first_step, strict=True)
+def _whole_step(optimizer: SGD, scale: _Scale) -> bool:
+    """The step, if the kernels take all of it; else nothing, and False."""
+    read = _read(optimizer)
+    if read is None:
+        return False
+    plan, params, grads, buffers = read
+    if scale.given and not all(map(_is_fused, optimizer.param_groups)):
+        return False
+    if plan.devices is not None:
+        return _whole_gpu_step(optimizer, plan.devices, params, grads, buffers, scale)
+    if plan.gather is None:
+        return False
+    if scale.given and scale.overflowed:
+        return True
+    inv_scale = scale.address if scale.given else None
+    seen = plan.gather.step(params, grads, buffers, plan.groups_at, inv_scale)
+    if seen & ~(READY | NO_GRADIENT):
+        return False
+    if seen & NO_GRADIENT:
+        ready = [grad is not None for grad in grads]
+        buffers = tuple(compress(buffers, ready))
+        params, grads = tuple(compress(params, ready)), tuple(compress(grads, ready))
+    else:
+        ready = None
+    if plan.any_momentum and not plan.all_momentum:
+        momenta = map(plan.momenta.__getitem__, plan.group_of)
+        buffers = tuple(compress(buffers, momenta if ready is None else compress(momenta, ready)))
+    increment_version(params + buffers)
+    if inv_scale is not None:
+        increment_version(grads)
+    return True
+
+
+def _is_fused(group: dict[str, Any]) -> bool:
+    """Whether torch's step would be that of its fused kernels, which alone take a scale."""
+    return bool(group["fused"]) and not group["foreach"]
+
+
+def _read_group(optimizer: SGD, group: dict[str, Any]) -> Any:
+    """What torch's step reads of a group."""
+    params: list[Any] = []
+    grads: list[Any] = []
+    buffers: list[Any] = []
+    has_sparse_grad = optimizer._init_group(group, params, grads, buffers)
+    return params, grads, buffers, has_sparse_grad
+
+
+def _write_group(
+    optimizer: SGD, group: dict[str, Any], params: list[Any], buffers: list[Any]
+) -> None:
+    if group["momentum"] != 0:
+        for param, buffer in zip(params, buffers, strict=True):
+            if buffer is not None:  # skipped on overflow
+                optimizer.state[param]["momentum_buffer"] = buffer
+
+
+def _step_by_group(optimizer: SGD, scale: _Scale, by_kernels: bool) -> None:
+    """torch's step, with kernels for what they take."""
+    for group in optimizer.param_groups:
+        params, grads, buffers, has_sparse_grad = _read_group(optimizer, group)
+        options = {name: group[name] for name in _OPTIONS}
+        if scale.given and not _is_fused(options):
+            raise AssertionError("Expected grad_scale and found_inf to be None")
+        if by_kernels:
+            _Run(optimizer, options, (params, grads, buffers), has_sparse_grad, scale).go()
+        elif not scale.overflowed:
+            _drop_unstarted(optimizer, buffers)
+            _torch_update(
+                *(options, params, grads, buffers, has_sparse_grad), inv_scale=scale.inv_scale
             )
-            seen = gather.read(grads, buffers, first_step)
+        _write_group(optimizer, group, params, buffers)
 
-        if seen & OVERLAPPING:
-            self._drop_unstarted(params)
-            for group in groups:
-                self._torch_step(group, group["params"], inv_scale=inv_scale)
-            return
-        if seen & TORCH:
-            left = [
-                i
-                for i, (param, verdict) in enumerate(zip(params, plan.verdicts, strict=True))
-                if verdict == TORCH or _is_on_gpu(param)
-            ]
-            self._gpu_step(plan, left, grad_scale, None)
 
-        if seen != DONE and sgd_gather.run(gather.address) != 0:
-            raise RuntimeError("fastopt.SGD: torch could not run the update in parallel")
-        if seen not in (READY, DONE):
-            ready = [verdict == READY for verdict in plan.verdicts]
-            params, grads, buffers = (tuple(compress(t, ready)) for t in (params, grads, buffers))
-            first_step = bytes(compress(first_step, ready))
-        for param, buffer, first in zip(params, buffers, first_step, strict=False):
-            if first:
-                self.state[param]["momentum_buffer"] = buffer
-        if not plan.all_momentum:
-            buffers = tuple(buffer for buffer in buffers if buffer is not None)
-        increment_version(params + buffers)
-        if inv_scale is not None:
-            increment_version(grads)
+class _Run:
+    """The update of one group, in the order of its parameters: whoever computes it, memory that they
+    share holds what torch's loop leaves there, and what Python does meanwhile, it does to all that
+    comes after. Addresses are read when everything before is over."""
 
-    def _gpu_step(
+    def __init__(
         self,
-        plan: _Plan,
-        places: Iterable[int],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        optimizer: SGD,
+        options: dict[str, Any],
+        tensors: tuple[list[Any], list[Any], list[Any]],
+        has_sparse_grad: bool,
+        scale: _Scale,
     ) -> None:
-        """Update some of the parameters: those on GPUs by the kernels there, all others by torch."""
-        family = None if plan.inference else _gpu_family()
-        left: list[int] = []
-        steps = plan.gpu_steps  # where the parameters were; gather leaves what has moved to torch
-        if steps is None or family is None:
-            by_device: dict[torch.device, list[int]] = {}
-            for i in places:
-                param = plan.params[i]
-                if family is not None and _has_device_step(param):
-                    by_device.setdefault(param.device, []).append(i)
-                else:
-                    left.append(i)
-            steps = [
-                (
-                    self._device_step(
-                        device, [plan.params[i] for i in own], [plan.group_of[i] for i in own]
-                    ),
-                    own,
-                )
-                for device, own in by_device.items()
-            ]
-            if plan.on_gpu and not left:
-                plan.gpu_steps = steps
-        grads = tuple(map(_get_grad, plan.params))
-        buffers = plan.momentum_buffers()
-        for step, own in steps:
-            own_grads, own_buffers = grads, buffers
-            if len(own) != len(grads):
-                own_grads, own_buffers = (tuple(t[i] for i in own) for t in (grads, buffers))
-            left += [own[i] for i in step.gather(self.param_groups, own_grads, own_buffers)]
-        if left and not _overflowed(found_inf):
-            self._drop_unstarted(plan.params[i] for i in left)
-            inv_scale = _inv_scale(grad_scale)
-            by_group: dict[int, list[Tensor]] = {}
-            for i in left:
-                by_group.setdefault(plan.group_of[i], []).append(plan.params[i])
-            for index, members in by_group.items():
-                self._torch_step(self.param_groups[index], members, inv_scale=inv_scale)
-            for step, _ in steps:
-                step.forget()
-        for step, _ in steps:
-            step.launch(_LAUNCHERS[family], self.state, grad_scale, found_inf)
+        self.optimizer, self.options, self.scale = optimizer, options, scale
+        self.params, self.grads, self.buffers = tensors
+        self.has_sparse_grad = has_sparse_grad
+        self.group = _group_row(tuple(options.values()))
+        self.first_step = bytearray(len(self.params))  # whose buffer nobody has written to yet
+        self.table = Gather(len(self.params)) if sgd_gather.LAYOUT is not None else None
 
-    def _torch_step(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        *,
-        inv_scale: float | None = None,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """torch's update of some parameters of a group."""
-        if params is not group["params"]:
-            group = {**group, "params": params}
-        selected: list[Tensor] = []
-        grads: list[Tensor] = []
-        buffers: list[Tensor | None] = []
-        has_sparse_grad = self._init_group(group, selected, grads, buffers)
-        foreach, fused = group["foreach"], group["fused"]
-        on_cpu = all(param.device.type == "cpu" for param in selected)
-        if inv_scale is not None:
-            if on_cpu or _gpu_family() is None:
-                for grad in grads:
-                    grad.mul_(inv_scale)
-            else:
-                grads = [grad * inv_scale for grad in grads]
-        if not torch.compiler.is_compiling() and (on_cpu or _gpu_family() is not None):
-            # torch's foreach writes into gradients (nesterov) and, on CPU, rounds momentum to half
-            # precision: on GPU it runs where it was asked for. Its fused kernels ignore version
-            # counters and, on CPU, strides, shapes and half parameters: only their errors are kept.
-            foreach = bool(foreach) and not on_cpu
-            fused = fused and (has_sparse_grad or not all(map(Tensor.is_floating_point, selected)))
-        sgd(
-            selected,
-            grads,
-            buffers,
-            has_sparse_grad=has_sparse_grad,
-            foreach=foreach,
-            fused=fused,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
+    def go(self) -> None:
+        at = 0 if self._is_for_kernels() else self._by_torch(0, len(self.params))
+        while at < len(self.params):
+            device = _gpu_of(self.params[at])
+            at = self._on_cpu(at) if device is None else self._on_gpu(device, at)
+
+    def _is_for_kernels(self) -> bool:
+        if self.options["fused"] and (
+            self.has_sparse_grad or not all(map(Tensor.is_floating_point, self.params))
+        ):
+            return False  # torch refuses such a group as a whole
+        buffers = len(self.buffers) if self.options["momentum"] != 0 else len(self.params)
+        return len(self.params) == len(self.grads) == buffers  # _init_group may be anybody's
+
+    def _by_torch(self, begin: int, end: int) -> int:
+        if self.scale.given and self.scale.overflowed:
+            return end
+        part = slice(begin, end)
+        for i in range(begin, end):
+            if self.first_step[i]:
+                self.buffers[i] = None
+        buffers = self.buffers[part]
+        _drop_unstarted(self.optimizer, buffers)
+        _torch_update(
+            *(self.options, self.params[part], self.grads[part], buffers, self.has_sparse_grad),
+            inv_scale=self.scale.inv_scale,
         )
-        if group["momentum"] != 0:
-            for param, buffer in zip(selected, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
+        self.buffers[part] = buffers
+        return end
+
+    def _on_cpu(self, begin: int) -> int:
+        """Update some parameters from `begin` on. Returns where the next begin."""
+        if self.scale.given and self.scale.overflowed:
+            return begin + 1
+        end, verdict = len(self.params), sgd_gather.TORCH
+        tensors = tuple(self.params), tuple(self.grads), tuple(self.buffers)
+        if self.table is not None:
+            groups, inv_scale = self.group.buffer_info()[0], self.scale.address
+            end, verdict = self.table.run(begin, tensors, groups, inv_scale, bytes(self.first_step))
+        if verdict == NEEDS_BUFFER:  # the kernel fills them
+            for i in range(begin, end):
+                self.buffers[i] = torch.empty_like(self.grads[i])
+                self.first_step[i] = True
+            return begin
+        if verdict == READY:
+            params, grads, buffers = (t[begin:end] for t in tensors)
+            new = self.first_step[begin:end]
+            increment_version(
+                params + tuple(b for b, n in zip(buffers, new, strict=False) if not n)
+            )
+            if inv_scale is not None:
+                increment_version(grads)
+            self.first_step[begin:end] = bytes(end - begin)
+            return end
+        gpus = (i for i in range(begin, end) if _gpu_of(self.params[i]) is not None)
+        return self._by_torch(begin, next(gpus, end))
+
+    def _on_gpu(self, device: torch.device, begin: int) -> int:
+        """As on CPU."""
+        all_params = list(chain.from_iterable(map(_get_params, self.optimizer.param_groups)))
+        places = gpu_step.places(all_params, map(_gpu_of, all_params))
+        place_of = {id(all_params[i]): place for place, i in enumerate(places.get(device, ()))}
+        end = begin
+        run: list[int] = []  # the places of parameters from `begin` on
+        while end < len(self.params) and _gpu_of(self.params[end]) == device:
+            place = place_of.get(id(self.params[end]))
+            if place is None or place in run:  # _init_group's own, or twice in a group
+                break
+            run.append(place)
+            end += 1
+        if not run:
+            return self._by_torch(begin, begin + 1)
+        devices = _devices(self.optimizer)
+        with devices.lock:
+            step = _device_step(self.optimizer, devices, device, all_params, places[device])
+            groups = [self.options] * len(self.optimizer.param_groups)
+            while run:
+                params, grads, buffers = ([None] * step.count for _ in range(3))
+                own = self.buffers[begin:] or _buffers_of(self.optimizer, self.params[begin:])
+                for i, place in enumerate(run):
+                    params[place], grads[place] = self.params[begin + i], self.grads[begin + i]
+                    buffers[place] = own[i]
+                tensors = tuple(params), tuple(grads), tuple(buffers)
+                gathered = step.gather(groups, tensors, self.scale.grad_scale, self.scale.found_inf)
+                if not gathered.left:
+                    step.launch(_LAUNCHERS[_gpu_family()], gathered)
+                    for i, place in enumerate(run, begin):
+                        if self.buffers:
+                            self.buffers[i] = gathered.buffers[place]
+                        elif place in gathered.created:  # momentum is 0, which only the device knew
+                            state = self.optimizer.state[self.params[i]]
+                            state["momentum_buffer"] = gathered.buffers[place]
+                    return begin + len(run)
+                left = [place in gathered.left for place in run]
+                if left[0]:
+                    break
+                run = run[: left.index(True)]
+        end = self._by_torch(begin, begin + [*left, False].index(False))
+        step.forget(run[: end - begin])
+        return end
+
+
+def _devices(optimizer: SGD) -> Devices:
+    if optimizer._fastopt_devices is None:
+        optimizer._fastopt_devices = Devices()
+    return optimizer._fastopt_devices
+
+
+def _device_step(
+    optimizer: SGD, devices: Devices, device: torch.device, params: Sequence[Any], own: list[int]
+) -> DeviceStep:
+    """Of the parameters that are at `own` among those of all groups."""
+    sizes = map(len, map(_get_params, optimizer.param_groups))
+    group_of = list(chain.from_iterable([i] * size for i, size in enumerate(sizes)))
+    return devices.step(
+        device,
+        tuple(group_of[i] for i in own),
+        lambda: _buffers_of(optimizer, [params[i] for i in own]),
+    )
+
+
+def _buffers_of(optimizer: SGD, params: list[Any]) -> list[Any]:
+    states = (optimizer.state.get(param) for param in params)
+    return [s.get("momentum_buffer") if isinstance(s, dict) else None for s in states]
+
+
+def _prepare(optimizer: SGD) -> None:
+    """Room for what devices have to remember from step to step, and what they have to know of
+    momentum buffers that are there. A CUDA graph that captures the next step could do neither.
+    """
+    devices = _devices(optimizer)
+    if _gpu_family() is None or not _is_plain_call():
+        return
+    params = list(chain.from_iterable(map(_get_params, optimizer.param_groups)))
+    for device, own in gpu_step.places(params, map(_gpu_of, params)).items():
+        if not gpu_step.capturing(device):
+            with devices.lock:
+                step = _device_step(optimizer, devices, device, params, own)
+                step.expect(_buffers_of(optimizer, [params[i] for i in own]))
+
+
+def _unstarted(optimizer: SGD) -> list[Tensor]:
+    """Parameters on GPUs whose buffer holds no value yet, because every step so far overflowed.
+    torch would take it for one that does."""
+    devices = optimizer._fastopt_devices
+    buffers = devices.unstarted() if devices is not None else []
+    if not buffers:
+        return []
+    of = set(map(id, buffers))
+    return [
+        param
+        for param, state in optimizer.state.items()
+        if isinstance(state, dict) and id(state.get("momentum_buffer")) in of
+    ]
+
+
+def _drop_unstarted(optimizer: SGD, buffers: list[Any]) -> None:
+    """Before torch's path takes these buffers."""
+    devices = optimizer._fastopt_devices
+    unstarted = set(map(id, devices.unstarted())) if devices is not None else ()
+    for i, buffer in enumerate(buffers):
+        if unstarted and id(buffer) in unstarted:
+            buffers[i] = None
+
+
+def _whole_gpu_step(
+    optimizer: SGD,
+    places: dict[torch.device, list[int]],
+    params: tuple[Any, ...],
+    grads: tuple[Any, ...],
+    buffers: tuple[Any, ...],
+    scale: _Scale,
+) -> bool:
+    devices = _devices(optimizer)
+    ready = []
+    with devices.lock:
+        for device, own in places.items():
+            tensors: tuple[tuple[Any, ...], ...] = params, grads, buffers
+            if len(own) != len(params):
+                tensors = tuple(tuple(t[i] for i in own) for t in tensors)
+            step = _device_step(optimizer, devices, device, params, own)
+            step.rearrange(tensors[2])
+            gathered = step.gather(
+                optimizer.param_groups, tensors, scale.grad_scale, scale.found_inf
+            )
+            if gathered.left:
+                return False
+            ready.append((step, gathered))
+        for step, gathered in ready:
+            step.launch(_LAUNCHERS[_gpu_family()], gathered)
+            for i in gathered.created:
+                optimizer.state[gathered.params[i]]["momentum_buffer"] = gathered.buffers[i]
+    return True
+
+
+def _torch_update(
+    options: dict[str, Any],
+    params: list[Any],
+    grads: list[Any],
+    buffers: list[Any],
+    has_sparse_grad: bool,
+    *,
+    inv_scale: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """torch's update of some parameters of a group."""
+    foreach, fused = options["foreach"], options["fused"]
+    on_cpu = all(param.device.type == "cpu" for param in params)
+    if inv_scale is not None:
+        if on_cpu or _gpu_family() is None:
+            for grad in grads:
+                grad.mul_(inv_scale)
+        else:
+            grads = [grad * inv_scale for grad in grads]
+    if not torch.compiler.is_compiling() and (on_cpu or _gpu_family() is not None):
+        # torch's foreach writes into gradients (nesterov) and, on CPU, rounds momentum to half
+        # precision: on GPU it runs where it was asked for. Its fused kernels ignore version
+        # counters and, on CPU, strides, shapes and half parameters: only their errors are kept.
+        foreach = bool(foreach) and not on_cpu
+        fused = fused and (has_sparse_grad or not all(map(Tensor.is_floating_point, params)))
+    sgd(
+        params,
+        grads,
+        buffers,
+        has_sparse_grad=has_sparse_grad,
+        foreach=foreach,
+        fused=fused,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        weight_decay=options["weight_decay"],
+        momentum=options["momentum"],
+        lr=options["lr"],
+        dampening=options["dampening"],
+        nesterov=options["nesterov"],
+        maximize=options["maximize"],
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastopt
-from fastopt import loss, ops
+from fastopt import loss, ops, optim
 
 
 class Face:
@@ -58,11 +58,7 @@ def why_not(device: str = "cpu") -> str | None:
     )
 
 
-_serves, _kernel_step, _torch_step = (
-    loss._serves,
-    fastopt.SGD._kernel_step,
-    fastopt.SGD._torch_step,
-)
+_serves, _kernel_step, _torch_update = loss._serves, optim._kernel_step, optim._torch_update
 
 
 @functools.wraps(_serves)
@@ -79,20 +75,20 @@ def _with_gradient(params: Any) -> int:
 
 
 @functools.wraps(_kernel_step)
-def _counting_kernel_step(self: fastopt.SGD, *arguments: Any) -> None:
+def _counting_kernel_step(optimizer: fastopt.SGD, *arguments: Any) -> None:
     before = sgd.torchs
-    _kernel_step(self, *arguments)
-    all_params = (param for group in self.param_groups for param in group["params"])
+    _kernel_step(optimizer, *arguments)
+    all_params = (param for group in optimizer.param_groups for param in group["params"])
     sgd.ours += _with_gradient(all_params) - (sgd.torchs - before)
 
 
-@functools.wraps(_torch_step)
-def _counting_torch_step(self: fastopt.SGD, group: Any, params: Any, **scale: Any) -> None:
+@functools.wraps(_torch_update)
+def _counting_torch_update(options: Any, params: Any, *arguments: Any, **scale: Any) -> None:
     if not torch.compiler.is_compiling():
-        sgd.torchs += _with_gradient(params)
-    _torch_step(self, group, params, **scale)
+        sgd.torchs += len(params)
+    _torch_update(options, params, *arguments, **scale)
 
 
 loss._serves = _counting_serves
-fastopt.SGD._kernel_step = _counting_kernel_step  # type: ignore[method-assign]
-fastopt.SGD._torch_step = _counting_torch_step  # type: ignore[method-assign]
+optim._kernel_step = _counting_kernel_step
+optim._torch_update = _counting_torch_update

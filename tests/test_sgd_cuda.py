@@ -425,9 +425,9 @@ def check_first_step_beside_a_subclass(device: Device) -> None:
     param.grad = values(40, seed=1)
     with device.in_place():
         optimizer = fastopt.SGD([param, frozen], **DAMPED)
-        (room,) = optimizer._devices.values()
+        (room,) = optimizer._fastopt_devices.steps.values()
         optimizer.step()
-        assert list(optimizer._devices.values()) == [room]
+        assert list(optimizer._fastopt_devices.steps.values()) == [room]
 
 
 def check_parameters_that_move(device: Device) -> None:
@@ -437,9 +437,9 @@ def check_parameters_that_move(device: Device) -> None:
     with device.in_place():
         optimizer = fastopt.SGD([param], **DAMPED)
         optimizer.step()
-        (step,) = optimizer._devices.values()
+        (step,) = optimizer._fastopt_devices.steps.values()
         step.device = torch.device("meta")
-        assert step._gather_in_python((param.grad,)) == [0]
+        assert step._read_in_python((param,), (param.grad,), (None,)).left == [0]
 
 
 def check_captured_memory(device: Device) -> None:
@@ -792,7 +792,7 @@ def emulation() -> ctypes.CDLL:
 @pytest.fixture(params=["ascending", "descending", "without_compiled_gather"])
 def device(request: Any, emulation: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Device:
     if request.param == "without_compiled_gather":
-        monkeypatch.setattr(gpu_step, "TENSOR_OFFSET", None)
+        monkeypatch.setattr(gpu_step, "LAYOUT", None)
     return emulated(emulation, descending=request.param == "descending")
 
 

@@ -373,6 +373,7 @@ def test_inference_mode() -> None:
     assert_same_state(run(fastopt.SGD), run(for_loop))
 
 
+@pytest.mark.stock
 def test_inference_gradients_and_buffers() -> None:
     def run(make: Any) -> Any:
         param = leaf(values(40))

@@ -1,8 +1,8 @@
-// SGD on CPU, below fastopt/optim.py: `gather` turns Python's tuples of tensors into rows of
-// addresses and decides what the kernels serve; `run` makes the step, in one parallel region for
-// all parameters of all groups, balanced by elements.
+// SGD on CPU, below fastopt/optim.py: one call reads the tensors of a step, decides whether the
+// kernels serve them and updates them, in one parallel region for all parameters of all groups,
+// balanced by elements. No Python runs between the reading of an address and its use.
 //
-// GPUs use gather as well, for one device at a time (fastopt/gpu_step.py): it reads what torch
+// GPUs use `gather` alone, for one device at a time (fastopt/gpu_step.py): it reads what torch
 // knows of a tensor, never its values.
 //
 // Host time is the whole cost of a step over many small tensors, and Python spends 60 ns on
@@ -18,18 +18,19 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 
 namespace fastopt {
 namespace {
 
-// What became of a parameter. The numbers are fastopt/optim.py's too.
+// What becomes of a parameter. The numbers are fastopt/sgd_gather.py's too.
 enum Verdict : uint8_t {
-  kReady = 1,         // the kernels will update it
+  kReady = 1,         // the kernels update it
   kNoGradient = 2,    // nothing to do
-  kNeedsBuffer = 4,   // its first step with momentum: the caller makes the buffer and gathers again
+  kNeedsBuffer = 4,   // its first step with momentum: the caller makes the buffer and comes again
   kTorch = 8,         // torch's path takes it
-  kOverlapping = 16,  // memory is shared between rows: torch's path takes all, one by one
-  kDone = 32,         // all were ready, and few enough to be updated at once
+  kOverlapping = 16,  // memory is shared between rows: torch's path takes them, one by one
 };
 
 // Memory that a step writes.
@@ -39,37 +40,42 @@ struct Span {
 
 }  // namespace
 
-// The caller's table; fastopt/optim.py declares the same struct. Arrays have one entry per
-// parameter unless said otherwise, and live as long as the table does.
+// What lasts from step to step: no address of a tensor that a later step would believe.
+// fastopt/sgd_gather.py declares the same struct. Arrays have one entry per parameter unless said
+// otherwise, and live as long as the table does.
 struct SgdTable {
-  // Tuples of Python objects, given by the addresses of their items.
+  const int32_t* group_of;  // null: all are of one group
+  SgdRow* rows;             // written by gather
+  uint8_t* verdicts;        // written by gather. Null: nobody asks
+  Span* spans;              // two per parameter: what the step writes, sorted by gather
+  int64_t count;
+
+  // Where a tensor object keeps its type and its C++ tensor, and that its keys for the dispatcher.
+  int64_t type_offset, tensor_offset, keys_offset;
+  const void *tensor_type, *parameter_type, *none;
+  // The keys of a plain dense tensor of the kernels' device. Others are sparse, hold the negative
+  // or the conjugate of their values, were made in inference mode, or belong to a mode of torch.
+  uint64_t keys;
+  int64_t device_index;  // -1: there is only one
+
+  // Python's own functions around what may run without its lock.
+  void* (*save_thread)();
+  void (*restore_thread)(void*);
+
+  int64_t span_count;  // or what class Rows writes instead. Starts as 0, like busy
+  int64_t busy;        // a thread that let go of Python's lock is still using rows and spans
+};
+
+// The tensors of one step: tuples of Python objects, given by the addresses of their items.
+struct SgdTensors {
   const char* const* params;
   const char* const* grads;
   const char* const* momentum_buffers;  // null when no group has momentum
-  const int32_t* group_of;
-  const SgdGroup* groups;  // one per group
-  const bool* first_step;  // null: no parameter takes its first step
-  SgdRow* rows;            // written by gather
-  uint8_t* verdicts;       // written by gather
-  Span* spans;             // two per parameter: what the step writes, sorted by gather
-  int64_t count;
-
-  // Where a tensor object keeps its type and its C++ tensor, and the objects to compare with.
-  int64_t type_offset, tensor_offset;
-  const void *tensor_type, *parameter_type, *none;
-
-  double inv_scale;
-  int64_t unscale;
-
-  int64_t span_count;  // -1: the spans overlap. Gather's own memory, like the rows: starts as 0
-
-  // The kernels' device (index -1: there is only one): tensors elsewhere are torch's.
-  int32_t device_type, device_index;
-  int64_t gather_only;  // the rows go to another device: update none here
+  const bool* first_step;               // null: no parameter takes its first step
 };
 
 static_assert(sizeof(SgdRow) == 48 && sizeof(SgdGroup) == 56 && sizeof(Span) == 16,
-              "fastopt/optim.py makes room for them");
+              "fastopt/sgd_gather.py makes room for them");
 
 namespace {
 
@@ -110,46 +116,25 @@ int64_t bytes_of(SgdElement element) {
   }
 }
 
-// torch.imag(z.conj()) is a float tensor whose memory holds the negative. It is the imaginary half
-// of something complex, hence has gaps, or one element that does not fill its storage.
-bool is_negated(AtenTensorHandle tensor) {
-  int64_t offset = 0;
-  int64_t storage_bytes = 0;
-  int32_t dtype = 0;
-  aoti_torch_get_storage_offset(tensor, &offset);
-  aoti_torch_get_storage_size(tensor, &storage_bytes);
-  aoti_torch_get_dtype(tensor, &dtype);
-  if (offset == 0 && storage_bytes == static_cast<int64_t>(aoti_torch_dtype_element_size(dtype))) {
-    return false;
-  }
-  AtenTensorHandle owned = nullptr;  // the call takes its argument's ownership
-  if (aoti_torch_new_tensor_handle(tensor, &owned) != AOTI_TORCH_SUCCESS) return true;
-  StableIValue stack = torch::stable::detail::from(owned);
-  return torch_call_dispatcher("aten::is_neg", "", &stack, TORCH_ABI_VERSION) !=
-             AOTI_TORCH_SUCCESS ||
-         torch::stable::detail::to<bool>(stack);
-}
-
-// Reads a tensor that the kernels can take: exactly a Tensor or Parameter, strided, on the
-// kernels' device.
+// Reads a tensor that the kernels can take: exactly a Tensor or Parameter, plain and strided, on
+// the kernels' device.
 bool view(const SgdTable& table, const char* object, TensorView& v) {
-  static const int32_t strided = aoti_torch_layout_strided();
   const void* type;
   std::memcpy(&type, object + table.type_offset, sizeof(type));
   if (type != table.tensor_type && type != table.parameter_type) return false;
-  // An AtenTensorHandle is the address of an at::Tensor, and the object holds one.
-  const auto tensor =
-      reinterpret_cast<AtenTensorHandle>(const_cast<char*>(object + table.tensor_offset));
-  int32_t layout = 0;
-  int32_t device_type = 0;
+  // The object holds an at::Tensor, whose address is an AtenTensorHandle; that points to the rest.
+  const char* const held = object + table.tensor_offset;
+  const char* implementation;
+  std::memcpy(&implementation, held, sizeof(implementation));
+  uint64_t keys;
+  std::memcpy(&keys, implementation + table.keys_offset, sizeof(keys));
+  if (keys != table.keys) return false;
+  const auto tensor = reinterpret_cast<AtenTensorHandle>(const_cast<char*>(held));
   int32_t device_index = -1;
   int64_t* sizes = nullptr;
   int64_t* strides = nullptr;
   void* data = nullptr;
-  if (aoti_torch_get_layout(tensor, &layout) != AOTI_TORCH_SUCCESS || layout != strided ||
-      aoti_torch_get_device_type(tensor, &device_type) != AOTI_TORCH_SUCCESS ||
-      device_type != table.device_type ||
-      (table.device_index >= 0 &&
+  if ((table.device_index >= 0 &&
        (aoti_torch_get_device_index(tensor, &device_index) != AOTI_TORCH_SUCCESS ||
         device_index != table.device_index)) ||
       aoti_torch_get_dtype(tensor, &v.dtype) != AOTI_TORCH_SUCCESS ||
@@ -160,8 +145,7 @@ bool view(const SgdTable& table, const char* object, TensorView& v) {
       aoti_torch_get_data_ptr(tensor, &data) != AOTI_TORCH_SUCCESS) {
     return false;
   }
-  if (v.numel > 0 && data == nullptr) return false;  // a tensor of zeros without memory
-  if (v.numel == 1 && is_negated(tensor)) return false;
+  if (v.numel > 0 && data == nullptr) return false;  // its memory was freed
   v.data = static_cast<char*>(data);
   v.sizes = sizes;
   v.strides = strides;
@@ -208,14 +192,16 @@ bool fits_float(const SgdGroup& group) {
   return true;
 }
 
-Verdict gather_row(const SgdTable& table, int64_t i, SgdRow& row) {
+Verdict gather_row(const SgdTable& table, const SgdTensors& tensors, const SgdGroup* groups,
+                   int64_t i, SgdRow& row) {
   row.numel = 0;
-  if (table.grads[i] == table.none) return kNoGradient;
-  const SgdGroup& group = table.groups[table.group_of[i]];
+  if (tensors.grads[i] == table.none) return kNoGradient;
+  row.group = table.group_of == nullptr ? 0 : table.group_of[i];
+  const SgdGroup& group = groups[row.group];
   TensorView param;
   TensorView grad;
-  if (group.served == 0 || !view(table, table.params[i], param) ||
-      !view(table, table.grads[i], grad) || !element_of(param.dtype, row.element) ||
+  if (group.served == 0 || !view(table, tensors.params[i], param) ||
+      !view(table, tensors.grads[i], grad) || !element_of(param.dtype, row.element) ||
       !is_dense(param) || !matches(param, grad) ||
       (row.element != SgdElement::float64 && !fits_float(group))) {
     return kTorch;
@@ -223,16 +209,17 @@ Verdict gather_row(const SgdTable& table, int64_t i, SgdRow& row) {
   row.momentum_buffer = nullptr;
   row.first_step = false;
   if (group.momentum != 0) {
-    if (table.momentum_buffers[i] == table.none) return kNeedsBuffer;
+    if (tensors.momentum_buffers[i] == table.none) return kNeedsBuffer;
     TensorView buffer;
-    if (!view(table, table.momentum_buffers[i], buffer) || !matches(param, buffer)) return kTorch;
+    if (!view(table, tensors.momentum_buffers[i], buffer) || !matches(param, buffer)) {
+      return kTorch;
+    }
     row.momentum_buffer = buffer.data;
-    row.first_step = table.first_step != nullptr && table.first_step[i];
+    row.first_step = tensors.first_step != nullptr && tensors.first_step[i];
   }
   row.param = param.data;
   row.grad = grad.data;
   row.numel = param.numel;
-  row.group = table.group_of[i];
   return kReady;
 }
 
@@ -241,33 +228,101 @@ Span span(const void* data, const SgdRow& row) {
   return {begin, begin + static_cast<uintptr_t>(row.numel * bytes_of(row.element))};
 }
 
-void sort_spans(SgdTable& table) {
-  Span* const spans = table.spans;
-  int64_t count = 0;
-  for (int64_t i = 0; i < table.count; ++i) {
-    const SgdRow& row = table.rows[i];
-    if (row.numel == 0) continue;
-    spans[count++] = span(row.param, row);
-    if (row.momentum_buffer != nullptr) spans[count++] = span(row.momentum_buffer, row);
+// Rows of a step, in the table's memory or, while another thread uses that, in memory of their own.
+class Rows {
+ public:
+  explicit Rows(SgdTable& table)
+      : shared_(__atomic_exchange_n(&table.busy, 1, __ATOMIC_ACQUIRE) == 0 ? &table : nullptr) {
+    if (shared_ != nullptr) {
+      rows = table.rows;
+      spans_ = table.spans;
+      span_count_ = table.span_count;
+      return;
+    }
+    own_rows_.reset(new (std::nothrow) SgdRow[table.count]());
+    own_spans_.reset(new (std::nothrow) Span[2 * table.count]());
+    rows = own_rows_.get();
+    spans_ = own_spans_.get();
   }
-  std::sort(spans, spans + count, [](Span a, Span b) { return a.begin < b.begin; });
-  table.span_count = count;
-  for (int64_t i = 1; i < count; ++i) {
-    if (spans[i].begin < spans[i - 1].end) table.span_count = -1;
-  }
-}
 
-// Whether the gradient lies in memory that the step writes. It may be its own parameter: every
-// element is read before it is written.
-bool grad_overlaps(const SgdTable& table, const SgdRow& row) {
-  if (row.numel == 0 || row.grad == row.param) return false;
-  const Span grad = span(row.grad, row);
-  const Span* const end = table.spans + table.span_count;
-  const Span* const after =
-      std::upper_bound(static_cast<const Span*>(table.spans), end, grad.begin,
-                       [](uintptr_t begin, Span written) { return begin < written.end; });
-  return after != end && after->begin < grad.end;
-}
+  ~Rows() {
+    if (shared_ == nullptr) return;
+    shared_->span_count = span_count_;
+    __atomic_store_n(&shared_->busy, 0, __ATOMIC_RELEASE);
+  }
+
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+
+  bool has_memory() const { return rows != nullptr && spans_ != nullptr; }
+
+  // Gathers a row, behind the ones before it.
+  Verdict gather(const SgdTable& table, const SgdTensors& tensors, const SgdGroup* groups,
+                 int64_t i) {
+    SgdRow& row = rows[i];
+    const SgdRow before = row;
+    const Verdict verdict = gather_row(table, tensors, groups, i, row);
+    row.first_block = blocks;
+    blocks += (row.numel + kSgdBlock - 1) / kSgdBlock;
+    moved_ |= row.numel != before.numel || row.param != before.param ||
+              row.momentum_buffer != before.momentum_buffer || row.element != before.element;
+    return verdict;
+  }
+
+  // Whether rows [begin, end), all that were gathered, share memory that the step writes.
+  bool overlap(int64_t begin, int64_t end) {
+    // Rarely: parameters and buffers stay where they are.
+    if (moved_ || span_count_ == kUnsorted) sort_spans(begin, end);
+    if (span_count_ == kOverlap) return true;
+    for (int64_t i = begin; i < end; ++i) {
+      if (grad_overlaps(rows[i])) return true;
+    }
+    return false;
+  }
+
+  // The spans are not, or will not be, those of all rows.
+  void forget_spans() { span_count_ = kUnsorted; }
+
+  SgdRow* rows;
+  int64_t blocks = 0;
+
+ private:
+  enum : int64_t { kOverlap = -1, kUnsorted = -2 };
+
+  void sort_spans(int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const SgdRow& row = rows[i];
+      if (row.numel == 0) continue;
+      spans_[count++] = span(row.param, row);
+      if (row.momentum_buffer != nullptr) spans_[count++] = span(row.momentum_buffer, row);
+    }
+    std::sort(spans_, spans_ + count, [](Span a, Span b) { return a.begin < b.begin; });
+    span_count_ = count;
+    for (int64_t i = 1; i < count; ++i) {
+      if (spans_[i].begin < spans_[i - 1].end) span_count_ = kOverlap;
+    }
+  }
+
+  // Whether the gradient lies in memory that the step writes. It may be its own parameter: every
+  // element is read before it is written.
+  bool grad_overlaps(const SgdRow& row) const {
+    if (row.numel == 0 || row.grad == row.param) return false;
+    const Span grad = span(row.grad, row);
+    const Span* const end = spans_ + span_count_;
+    const Span* const after =
+        std::upper_bound(static_cast<const Span*>(spans_), end, grad.begin,
+                         [](uintptr_t begin, Span written) { return begin < written.end; });
+    return after != end && after->begin < grad.end;
+  }
+
+  SgdTable* shared_;
+  std::unique_ptr<SgdRow[]> own_rows_;
+  std::unique_ptr<Span[]> own_spans_;
+  Span* spans_;
+  int64_t span_count_ = 0;
+  bool moved_ = false;
+};
 
 // A step of up to 131,072 elements (some 40 us) is left to one thread: a second saves less than it
 // costs to wake it up, and milliseconds are lost when other programs have its core. Beyond, every
@@ -275,76 +330,109 @@ bool grad_overlaps(const SgdTable& table, const SgdRow& row) {
 constexpr int64_t kSerialBlocks = 131072 / kSgdBlock;
 constexpr int64_t kGrain = 32768 / kSgdBlock;
 
-int64_t count_blocks(const SgdTable& table) {
-  if (table.count == 0) return 0;
-  const SgdRow& last = table.rows[table.count - 1];
-  return last.first_block + (last.numel + kSgdBlock - 1) / kSgdBlock;
-}
-
-void run_blocks(const SgdTable& table, int64_t begin, int64_t end) {
-  const SgdStep step = {table.rows, table.count, table.groups, table.unscale != 0, table.inv_scale};
+void run_blocks(const SgdStep& step, int64_t begin, int64_t end) {
   const SgdRow* const after =
       std::upper_bound(step.rows, step.rows + step.count, begin,
                        [](int64_t block, const SgdRow& row) { return block < row.first_block; });
   FASTOPT_DISPATCH(sgd_blocks, step, after - step.rows - 1, begin, end);
 }
 
+// Returns whether torch gave a parallel region. A large step lets go of Python's lock.
+bool run(const SgdTable& table, const SgdStep& step, int64_t blocks) {
+  if (blocks <= kSerialBlocks) {
+    if (blocks != 0) run_blocks(step, 0, blocks);
+    return true;
+  }
+  void* const thread = table.save_thread();
+  bool done = true;
+  try {
+    torch::stable::parallel_for(
+        0, blocks, kGrain, [&step](int64_t begin, int64_t end) { run_blocks(step, begin, end); });
+  } catch (...) {
+    done = false;
+  }
+  table.restore_thread(thread);
+  return done;
+}
+
 }  // namespace
 }  // namespace fastopt
 
-// Both return without an exception: ctypes could not carry one. Not torch ops: those can be called
-// by anyone, and a table of addresses cannot be checked.
+// All return without an exception: ctypes could not carry one. Not torch ops: those can be called
+// by anyone, and a table of addresses cannot be checked. To be called with Python's lock held.
 
 // Python compares: a library left over from other sources would read another table.
 extern "C" __attribute__((visibility("default"))) int64_t fastopt_sgd_table_bytes() {
   return sizeof(fastopt::SgdTable);
 }
 
-// Fills rows and verdicts; returns the union of the verdicts. To be called with Python's lock held.
-extern "C" __attribute__((visibility("default"))) int64_t
-fastopt_sgd_gather_cpu(fastopt::SgdTable* table) noexcept {
+// Fills all rows and verdicts. Returns the union of the verdicts.
+extern "C" __attribute__((visibility("default"))) int64_t fastopt_sgd_gather_cpu(
+    fastopt::SgdTable* table, const char* const* params, const char* const* grads,
+    const char* const* momentum_buffers, const fastopt::SgdGroup* groups) noexcept {
   using namespace fastopt;
+  Rows rows(*table);
+  const SgdTensors tensors = {params, grads, momentum_buffers, nullptr};
   int64_t seen = 0;
-  int64_t block = 0;
-  bool moved = false;
   for (int64_t i = 0; i < table->count; ++i) {
-    SgdRow& row = table->rows[i];
-    const SgdRow before = row;
-    const Verdict verdict = gather_row(*table, i, row);
-    row.first_block = block;
-    block += (row.numel + kSgdBlock - 1) / kSgdBlock;
-    table->verdicts[i] = verdict;
-    seen |= verdict;
-    moved |= row.numel != before.numel || row.param != before.param ||
-             row.momentum_buffer != before.momentum_buffer || row.element != before.element;
+    table->verdicts[i] = rows.gather(*table, tensors, groups, i);
+    seen |= table->verdicts[i];
   }
-  if (moved) sort_spans(*table);  // rarely: parameters and buffers stay where they are
-  bool overlapping = table->span_count < 0;
-  for (int64_t i = 0; i < table->count && !overlapping; ++i) {
-    overlapping = grad_overlaps(*table, table->rows[i]);
-  }
-  if (overlapping) return seen | kOverlapping;
-  if (seen == kReady && block <= kSerialBlocks && table->gather_only == 0) {
-    run_blocks(*table, 0, block);
-    return kDone;
-  }
-  return seen;
+  return rows.overlap(0, table->count) ? seen | kOverlapping : seen;
 }
 
-// Updates the rows that gather found ready. Returns 0, or 1 if torch refused the parallel region.
+// Updates all parameters that have a gradient, or none of them. Returns the union of the verdicts
+// up to the first parameter that is not ready, which is then the reason; -1: torch refused the
+// parallel region. `inv_scale`: the gradients are multiplied by it first, in memory too.
 extern "C" __attribute__((visibility("default"))) int64_t
-fastopt_sgd_run_cpu(const fastopt::SgdTable* table) noexcept {
+fastopt_sgd_step_cpu(fastopt::SgdTable* table, const char* const* params, const char* const* grads,
+                     const char* const* momentum_buffers, const fastopt::SgdGroup* groups,
+                     const double* inv_scale) noexcept {
   using namespace fastopt;
-  const int64_t blocks = count_blocks(*table);
-  if (blocks <= kSerialBlocks) {
-    run_blocks(*table, 0, blocks);
-    return 0;
+  Rows rows(*table);
+  if (!rows.has_memory()) return kTorch;
+  const SgdTensors tensors = {params, grads, momentum_buffers, nullptr};
+  int64_t seen = 0;
+  for (int64_t i = 0; i < table->count; ++i) {
+    seen |= rows.gather(*table, tensors, groups, i);
+    if ((seen & (kNeedsBuffer | kTorch)) != 0) {
+      rows.forget_spans();
+      return seen;
+    }
   }
-  try {
-    torch::stable::parallel_for(
-        0, blocks, kGrain, [table](int64_t begin, int64_t end) { run_blocks(*table, begin, end); });
-  } catch (...) {
-    return 1;
+  if (rows.overlap(0, table->count)) return seen | kOverlapping;
+  const SgdStep step = {rows.rows, table->count, groups, inv_scale != nullptr,
+                        inv_scale == nullptr ? 1 : *inv_scale};
+  return run(*table, step, rows.blocks) ? seen : -1;
+}
+
+// Updates the parameters from `begin` on, up to the first that is not like that one. Returns what
+// was found, where those of one kind end, 32 * end + verdict: if that is kReady they are updated.
+extern "C" __attribute__((visibility("default"))) int64_t
+fastopt_sgd_run_cpu(fastopt::SgdTable* table, const char* const* params, const char* const* grads,
+                    const char* const* momentum_buffers, const fastopt::SgdGroup* groups,
+                    const double* inv_scale, const bool* first_step, int64_t begin) noexcept {
+  using namespace fastopt;
+  Rows rows(*table);
+  if (!rows.has_memory()) return 32 * table->count + kTorch;
+  const SgdTensors tensors = {params, grads, momentum_buffers, first_step};
+  rows.forget_spans();
+  Verdict verdict = kNoGradient;
+  int64_t end = begin;
+  for (; end < table->count; ++end) {
+    const int64_t blocks = rows.blocks;
+    const Verdict found = rows.gather(*table, tensors, groups, end);
+    if (end == begin) verdict = found;
+    if (found != verdict) {
+      rows.blocks = blocks;
+      break;
+    }
   }
-  return 0;
+  if (verdict == kReady) {
+    if (rows.overlap(begin, end)) return 32 * end + kTorch;
+    const SgdStep step = {rows.rows + begin, end - begin, groups, inv_scale != nullptr,
+                          inv_scale == nullptr ? 1 : *inv_scale};
+    if (!run(*table, step, rows.blocks)) return -1;
+  }
+  return 32 * end + verdict;
 }
