@@ -14,6 +14,9 @@ step uses, it holds. A subclass may use any name but those that begin with _fast
 
 import ctypes
 import functools
+import importlib.abc
+import importlib.machinery
+import sys
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -255,6 +258,17 @@ class SGD(torch.optim.SGD):
     checkpoints hold its buffer only from then on. (A step does wait where torch's path takes a
     parameter under a GradScaler with ``fused=True``.)
 
+    ``last_step_skipped`` says whether the last step left everything as it was, as it does after an
+    overflow under a GradScaler with ``fused=True``.
+
+    Threads may step one optimizer, and read or edit it meanwhile, as far as torch's lets them: each
+    of their updates is whole or lost, and a parameter, gradient or buffer that is replaced during a
+    step stays alive until that is over. Whose update counts, nobody can say: to lose none, let one
+    thread step at a time. (Free-threaded Python: torch's own step on CPU.)
+
+    There is no ``to(device)``: the parameters are the module's to move, after which
+    ``optimizer.load_state_dict(optimizer.state_dict())`` brings the state to them.
+
     Differences from torch.optim.SGD:
         - float32 and float64: none, bit for bit those of torch's for-loop on CPU (``foreach=False,
           fused=False``) where both use the machine's fused multiply-add. The GPU kernels always
@@ -435,68 +449,56 @@ class _Scale:
         return None if self.pointer is None else ctypes.addressof(self.pointer.contents)
 
 
-_NO_SCALE = _Scale(None, None)
-
-
 def _kernel_step(optimizer: SGD, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    scale = _NO_SCALE
+    scale = None
     if grad_scale is not None or found_inf is not None:
         scale = _Scale(grad_scale, found_inf)
     if not _whole_step(optimizer, scale):
-        _step_by_group(optimizer, scale, by_kernels=True)
+        _step_by_group(optimizer, scale or _Scale(None, None), by_kernels=True)
 
 
-def _read(optimizer: SGD) -> Any:
-    """All that a step needs, without a trace. None if something is not as torch's step wants it,
-    which then has to say so itself, at its time."""
+def _whole_step(optimizer: SGD, scale: "_Scale | None") -> bool:
+    """The step, if the kernels take all of it; else nothing, and False."""
     try:
         groups, plan = optimizer.param_groups, optimizer._fastopt_plan
-        if getattr(optimizer._init_group, "__func__", None) is not _init_group:
-            return None
-        lists = list(map(_get_params, groups))
-        sizes = list(map(len, lists))
-        options = tuple(chain.from_iterable(map(_get_options, groups)))
+        lists = [*map(_get_params, groups)]
+        sizes = [*map(len, lists)]
         params = tuple(chain.from_iterable(lists))
+        options = tuple(chain.from_iterable(map(_get_options, groups)))
         if plan is None or not plan.holds(sizes, options):
             plan = optimizer._fastopt_plan = _Plan(sizes, options, params, plan)
-        if len(params) != plan.count:
-            return None
+        if getattr(optimizer._init_group, "__func__", None) is not _init_group:
+            return False
         grads = tuple(map(_get_grad, params))
         buffers: tuple[Any, ...] = ()
         if plan.any_momentum or plan.devices is not None:  # or perhaps: only the device knows
             buffers = _momentum_buffers(optimizer.state, params)
-    except Exception:  # noqa: BLE001
-        return None
-    return plan, params, grads, buffers
-
-
-def _whole_step(optimizer: SGD, scale: _Scale) -> bool:
-    """The step, if the kernels take all of it; else nothing, and False."""
-    read = _read(optimizer)
-    if read is None:
+    except Exception:  # noqa: BLE001 (torch's step has to raise it, at its time)
         return False
-    plan, params, grads, buffers = read
-    if scale.given and not all(map(_is_fused, optimizer.param_groups)):
+    if len(params) != plan.count or (scale is not None and not all(map(_is_fused, groups))):
         return False
     if plan.devices is not None:
         return _whole_gpu_step(optimizer, plan.devices, params, grads, buffers, scale)
     if plan.gather is None:
         return False
-    if scale.given and scale.overflowed:
-        return True
-    inv_scale = scale.address if scale.given else None
+    inv_scale = None
+    if scale is not None:
+        if scale.overflowed:
+            return True
+        inv_scale = scale.address
     seen = plan.gather.step(params, grads, buffers, plan.groups_at, inv_scale)
     if seen & ~(READY | NO_GRADIENT):
         return False
-    if seen & NO_GRADIENT:
-        ready = [grad is not None for grad in grads]
-        buffers = tuple(compress(buffers, ready))
-        params, grads = tuple(compress(params, ready)), tuple(compress(grads, ready))
-    else:
-        ready = None
-    if plan.any_momentum and not plan.all_momentum:
+    if buffers and not plan.all_momentum:
         momenta = map(plan.momenta.__getitem__, plan.group_of)
-        buffers = tuple(compress(buffers, momenta if ready is None else compress(momenta, ready)))
+        buffers = tuple(
+            b if momentum else None for b, momentum in zip(buffers, momenta, strict=True)
+        )
+    if seen != READY:
+        ready = [grad is not None for grad in grads]
+        params, grads, buffers = (tuple(compress(t, ready)) for t in (params, grads, buffers))
+    if buffers and not plan.all_momentum:
+        buffers = tuple(buffer for buffer in buffers if buffer is not None)
     increment_version(params + buffers)
     if inv_scale is not None:
         increment_version(grads)
@@ -734,7 +736,7 @@ def _whole_gpu_step(
     params: tuple[Any, ...],
     grads: tuple[Any, ...],
     buffers: tuple[Any, ...],
-    scale: _Scale,
+    scale: _Scale | None,
 ) -> bool:
     devices = _devices(optimizer)
     ready = []
@@ -745,9 +747,8 @@ def _whole_gpu_step(
                 tensors = tuple(tuple(t[i] for i in own) for t in tensors)
             step = _device_step(optimizer, devices, device, params, own)
             step.rearrange(tensors[2])
-            gathered = step.gather(
-                optimizer.param_groups, tensors, scale.grad_scale, scale.found_inf
-            )
+            given = (scale.grad_scale, scale.found_inf) if scale is not None else (None, None)
+            gathered = step.gather(optimizer.param_groups, tensors, *given)
             if gathered.left:
                 return False
             ready.append((step, gathered))
@@ -800,3 +801,39 @@ def _torch_update(
         nesterov=options["nesterov"],
         maximize=options["maximize"],
     )
+
+
+# --- torch.distributed -------------------------------------------------------------------------
+
+_FUNCTIONAL = "torch.distributed.optim.utils"
+
+
+def _register_functional(module: Any) -> None:
+    """Let torch.distributed use its functional SGD wherever it would for torch.optim.SGD."""
+    functional = module.functional_optim_map.get(torch.optim.SGD)
+    if functional is not None:
+        module.register_functional_optim(SGD, functional)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers SGD when torch's registry is imported: fastopt itself needs no torch.distributed."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != _FUNCTIONAL:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: Any) -> None:
+                execute(module)
+                _register_functional(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _FUNCTIONAL in sys.modules:
+    _register_functional(sys.modules[_FUNCTIONAL])
+else:
+    sys.meta_path.insert(0, _WhenImported())
