@@ -650,6 +650,90 @@ def check_torchs_path(device: Device) -> None:
     device.check(run)
 
 
+def check_shared_memory_in_torchs_order(device: Device) -> None:
+    """Parameters that share memory, one of them the kernels', others torch's, in any order."""
+
+    def run(make: Any) -> list[Snapshot]:
+        history = []
+        for order in ((0, 1, 2, 3), (1, 0, 3, 2), (3, 2, 1, 0)):
+            base = values((8, 8), seed=7)
+            parts = [base[:4], base[:, ::2], leaf(values(9)), base[2:6, 1:5]]
+            params = [parts[i].detach().requires_grad_() for i in order]
+            optimizer = make(params, **DAMPED)
+            for step in range(3):
+                for i, p in zip(order, params, strict=True):
+                    p.grad = values(p.shape, seed=10 * step + i)
+                optimizer.step()
+                history.append(snapshot(optimizer))
+        return history
+
+    device.check(run)
+
+
+class Paging(Tensor):
+    """Its update gives another parameter other memory."""
+
+    other: Any = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if cls.other is not None and func is Tensor.add_:
+            cls.other.data = cls.other.data.clone().fill_(7.0)
+        return result
+
+
+def check_python_inside_a_step(device: Device) -> None:
+    """Addresses are read when torch's path, which may run anything, is over."""
+
+    def run(make: Any) -> list[Snapshot]:
+        params = [leaf(values(9)), values(5).as_subclass(Paging).requires_grad_(), leaf(values(40))]
+        optimizer = make(params, **DAMPED)
+        history = []
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = values(p.shape, seed=10 * step + i)
+            Paging.other = params[2]
+            optimizer.step()
+            Paging.other = None
+            history.append(snapshot(optimizer))
+        return history
+
+    device.check(run)
+
+
+def check_nothing_is_kept_alive(device: Device) -> None:
+    """After a step, an overflowed first one included."""
+    for found_inf in (0.0, 1.0):
+        params = [leaf(values(40)), leaf(values(9))]
+        with device.in_place():
+            optimizer = fastopt.SGD(params, **DAMPED, fused=True)
+            for _ in range(2):
+                set_grads(params, seed=1)
+                amp_step(optimizer, found_inf, None)
+            kept = [params[0], params[0].grad, optimizer.state[params[0]]["momentum_buffer"]]
+            alive = [weakref.ref(tensor) for tensor in kept]
+            device.launched.clear()
+            del kept, params
+            optimizer.state.clear()
+            optimizer.param_groups[0]["params"].pop(0)
+            gc.collect()
+            assert [reference() for reference in alive] == [None] * 3
+
+
+def check_last_step_skipped(device: Device) -> None:
+    """What the device knows is a tensor there, which nobody has waited for."""
+    param = leaf(values(9))
+    with device.in_place():
+        optimizer = fastopt.SGD([param], **DAMPED, fused=True)
+        for found_inf in (0.0, 1.0, 2.0, 0.0):
+            set_grads([param], seed=1)
+            before = param.detach().clone()
+            amp_step(optimizer, found_inf, None)
+            assert optimizer.last_step_skipped == (found_inf != 0)
+            assert torch.equal(before, param.detach()) == (found_inf != 0)
+
+
 def check_gradient_is_its_parameter(device: Device) -> None:
     def run(make: Any) -> list[Snapshot]:
         param = leaf(values(5000))
@@ -752,6 +836,10 @@ CASES: list[Callable[[Device], None]] = [
     check_edits,
     check_versions,
     check_torchs_path,
+    check_shared_memory_in_torchs_order,
+    check_python_inside_a_step,
+    check_nothing_is_kept_alive,
+    check_last_step_skipped,
     check_gradient_is_its_parameter,
     check_refusals,
     check_distributed_tensors,

@@ -410,7 +410,7 @@ class Programs(RuleBasedStateMachine):
             p = side.pick(index)
 
             def meddle(*_: Any) -> None:
-                if what == "data" and type(p) is Tensor and p.device.type == "cpu":
+                if what == "data" and type(p) is Tensor and not p.is_inference():
                     p.data = p.data.clone()
                 elif what == "grad":
                     p.grad = None
