@@ -210,7 +210,9 @@ def test_odd_hyperparameters_do_what_the_for_loop_does(dtype: torch.dtype, odd: 
         return outcome(lambda: train(optimizer, by_torch=by_torch))
 
     # A tensor that is not a plain number to the kernels, or a number that is none in float32.
-    by_torch = odd.startswith("momentum_tensor") or odd.endswith(("_int_tensor", "_needs_grad"))
+    by_torch = odd.startswith("momentum_tensor") or odd.endswith(
+        ("_bool", "_int_tensor", "_needs_grad")
+    )
     by_torch = by_torch or (odd.endswith("_above_float32") and dtype is torch.float32)
     ours, theirs = attempt(fastopt.SGD), attempt(for_loop)
     if isinstance(theirs, list) and isinstance(ours, list):
