@@ -243,7 +243,7 @@ struct CrossEntropy {
   template <bool kCached>
   void write_gradient(T* grad, const Row& row, A row_maximum, A factor, int64_t begin, int64_t end,
                       const A* exps) const {
-    const A scaled = up * factor;
+    const A upstream = up, scaled = up * factor;  // a member would be read again after every store
     for_each_vector(begin, end, [&](int64_t c, int n) __attribute__((always_inline)) {
       V e;
       if constexpr (kCached) {
@@ -253,7 +253,7 @@ struct CrossEntropy {
       }
       V g;
       if constexpr (kMass) {
-        g = up * (factor * e - mass_at(row.t, c, n));
+        g = upstream * (factor * e - mass_at(row.t, c, n));
       } else {
         g = scaled * e;
       }
@@ -572,9 +572,11 @@ struct CrossEntropy {
         const V base = now == -kInfinity ? V{} : now;
         const V scale = before == now ? V{} + 1 : exp_nonpositive(before - base);
         store(tile.sum + i, load(tile.sum + i) * scale);
-        store(tile.sum_lost + i, load(tile.sum_lost + i) * scale);
-        const V mass = load(tile.mass + i);
-        add(tile.dot + i, tile.dot_lost + i, mass == 0 ? V{} : mass * (old_base - base));
+        if (keeps_lost()) store(tile.sum_lost + i, load(tile.sum_lost + i) * scale);
+        if constexpr (kMass) {
+          const V mass = load(tile.mass + i);
+          add(tile.dot + i, tile.dot_lost + i, mass == 0 ? V{} : mass * (old_base - base));
+        }
       }
     }
     for_groups(c0, c1, [&](int64_t g0, int64_t g1) {
@@ -594,37 +596,51 @@ struct CrossEntropy {
             mass += q;
           }
         }
-        add(tile.sum + i, tile.sum_lost + i, sum);
-        if constexpr (kMass) {
-          add(tile.dot + i, tile.dot_lost + i, dot);
-          add(tile.mass + i, tile.mass_lost + i, mass);
+        if (g0 == 0) {  // dot and mass: 0 without kMass
+          store(tile.sum + i, sum);
+          store(tile.dot + i, dot);
+          store(tile.mass + i, mass);
+        } else {
+          add(tile.sum + i, tile.sum_lost + i, sum);
+          if constexpr (kMass) {
+            add(tile.dot + i, tile.dot_lost + i, dot);
+            add(tile.mass + i, tile.mass_lost + i, mass);
+          }
         }
       }
     });
   }
 
-  // *total += v; of thousands of groups' sums, rounding would otherwise take five digits.
-  static void add(A* total, A* lost, V v) {
+  // Whether what rounding takes from a group's sum is kept: of thousands of groups it would be five
+  // digits of float32, of a few it is none that the groups themselves have not lost.
+  bool keeps_lost() const { return p.classes > 16 * kGroup; }
+
+  // *total += v
+  void add(A* total, A* lost, V v) const {
+    if (!keeps_lost()) return store(total, load(total) + v);
     const V before = load(total), more = v - load(lost);
     const V after = before + more;
     store(lost, (after - before) - more);
     store(total, after);
   }
 
-  // Classes in groups of 16, whose sums stay in registers.
+  // Classes in groups whose sums stay in registers.
+  static constexpr int64_t kGroup = 16;
   template <class F>
   static void for_groups(int64_t c0, int64_t c1, const F& group) {
-    for (int64_t g0 = c0; g0 < c1; g0 += 16) group(g0, g0 + 16 < c1 ? g0 + 16 : c1);
+    for (int64_t g0 = c0; g0 < c1; g0 += kGroup) group(g0, g0 + kGroup < c1 ? g0 + kGroup : c1);
   }
 
   void tile_forward(const Tile& tile, double* loss_sum) const {
     const A kInfinity = static_cast<A>(__builtin_inff());
     const int64_t n = padded(tile);
-    A* const row_sums[] = {tile.sum,      tile.dot,      tile.mass,
-                           tile.sum_lost, tile.dot_lost, tile.mass_lost};
-    for (int64_t i = 0; i < n; i += kL) {
-      store(tile.max + i, splat<A>(-kInfinity));
-      for (A* sums : row_sums) store(sums + i, V{});
+    for (int64_t i = 0; i < n; i += kL) store(tile.max + i, splat<A>(-kInfinity));
+    for (int64_t i = 0; i < n && keeps_lost(); i += kL) {  // else they do not crowd L1
+      store(tile.sum_lost + i, V{});
+      if constexpr (kMass) {
+        store(tile.dot_lost + i, V{});
+        store(tile.mass_lost + i, V{});
+      }
     }
     for (int64_t c0 = 0; c0 < p.classes; c0 += p.tile_classes) {
       const int64_t c1 = c0 + p.tile_classes < p.classes ? c0 + p.tile_classes : p.classes;
@@ -638,7 +654,8 @@ struct CrossEntropy {
         if (y < 0) continue;
         const A true_logit = to_acc(logits[rows(i) + y * p.logits_strides.cls]);
         const A d = true_logit - tile.max[i];
-        if (d != 0) tile.dot[i] += true_mass(y) * d;  // an infinite weight's inf * 0 is no NaN
+        const A term = true_mass(y) * d;
+        tile.dot[i] += d == 0 ? A(0) : term;  // an infinite weight's inf * 0 is no NaN
         tile.mass[i] = smoothing_mass + true_mass(y);
       }
     }
@@ -650,20 +667,22 @@ struct CrossEntropy {
       store(tile.sum + i, sum);
       store(tile.scratch + i, masked(loss, tile, i));
     }
-    const auto add_up = [&] {
-      *loss_sum = 0;
-      for (int64_t i = 0; i < tile.rows; ++i) *loss_sum += static_cast<double>(tile.scratch[i]);
-    };
-    add_up();
+    *loss_sum = sum_of_rows(tile.scratch, tile.rows);
     if (is_doubtful(*loss_sum, 0.0)) {
       for (int64_t i = 0; i < tile.rows; ++i) {
         if (!is_doubtful(tile.scratch[i], tile.sum[i])) continue;
         tile.scratch[i] = static_cast<A>(loss_by_class(tile.first + i, tile.max[i], tile.sum[i]));
       }
-      add_up();
+      *loss_sum = sum_of_rows(tile.scratch, tile.rows);
     }
     const size_t bytes = sizeof(A) * tile.rows;
     if (row_loss != nullptr) memcpy(row_loss + tile.first, tile.scratch, bytes);
+  }
+
+  static double sum_of_rows(const A* losses, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(losses[i]);
+    return sum;
   }
 
   // Ignored rows become exactly 0, also where their logits are NaN.
@@ -678,6 +697,7 @@ struct CrossEntropy {
     const int64_t w = tile.width, n = padded(tile);
     const bool exp_is_there = p.tile_classes >= p.classes;
     A* const true_exp = tile.scratch;
+    const V upstream = splat<A>(up);  // a member would be read again after every store
     for (int64_t i = 0; i < n; i += kL)
       store(tile.factor + i, load(tile.mass + i) / load(tile.sum + i));
     for (int64_t c0 = 0; c0 < p.classes; c0 += p.tile_classes) {
@@ -698,7 +718,7 @@ struct CrossEntropy {
         for (int64_t i = 0; i < n; i += kL) {
           V g = load(tile.factor + i) * load(x + i);
           if constexpr (kMass) g -= tile_mass(tile, c, c0, i);
-          store(x + i, masked(up * g, tile, i));
+          store(x + i, masked(upstream * g, tile, i));
         }
       }
       if constexpr (kLabels) {

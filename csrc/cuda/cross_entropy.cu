@@ -18,31 +18,29 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-const DeviceLimits& limits_of_device(int device) {
-  static const std::vector<DeviceLimits> all = [] {
-    int count = 0;
-    STD_CUDA_CHECK(cudaGetDeviceCount(&count));
-    std::vector<DeviceLimits> limits;
-    // The device and the code that runs there have to know clusters: code compiled for sm_80 takes
-    // every block for a cluster of its own, on later devices too.
-    constexpr bool kClustersInCode = FASTOPT_PTX_ARCH >= 90;
-    for (int i = 0; i < count; ++i)
-      limits.push_back({attribute(cudaDevAttrMultiProcessorCount, i),
-                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i),
-                        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, i),
-                        kClustersInCode && attribute(cudaDevAttrComputeCapabilityMajor, i) >= 9});
-    return limits;
-  }();
-  return all.at(device);
-}
-
 // Launches on the current stream of one device.
 struct Launcher {
   torch::stable::accelerator::DeviceGuard guard;
   const DeviceLimits& limits;
   cudaStream_t stream;
 
-  static const DeviceLimits& limits_of(int32_t device) { return limits_of_device(device); }
+  static const DeviceLimits& limits_of(int32_t device) {
+    static const std::vector<DeviceLimits> all = [] {
+      int count = 0;
+      STD_CUDA_CHECK(cudaGetDeviceCount(&count));
+      std::vector<DeviceLimits> limits;
+      // The device and the code that runs there have to know clusters: code compiled for sm_80
+      // takes every block for a cluster of its own, on later devices too.
+      constexpr bool kClustersInCode = FASTOPT_PTX_ARCH >= 90;
+      for (int i = 0; i < count; ++i)
+        limits.push_back({attribute(cudaDevAttrMultiProcessorCount, i),
+                          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i),
+                          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, i),
+                          kClustersInCode && attribute(cudaDevAttrComputeCapabilityMajor, i) >= 9});
+      return limits;
+    }();
+    return all.at(device);
+  }
 
   explicit Launcher(int32_t device) : guard(device), limits(limits_of(device)) {
     void* current = nullptr;

@@ -87,7 +87,8 @@ FASTOPT_RULE RowStats<A> finish(RowStats<A> row) {
 template <class A>
 FASTOPT_RULE RowStats<A> add_true_class(RowStats<A> row, A true_logit, A true_mass) {
   const A d = true_logit - row.max;
-  if (d != A(0)) row.dot += true_mass * d;  // an infinite weight's inf * 0 is no NaN
+  const A term = true_mass * d;
+  row.dot += d == A(0) ? A(0) : term;  // an infinite weight's inf * 0 is no NaN
   row.mass += true_mass;
   return row;
 }
