@@ -309,9 +309,8 @@ class SGD(torch.optim.SGD):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        if (
-            self._fastopt_devices is not None
-        ):  # torch's constructor comes here for each of its groups
+        # Not for each group of torch's constructor.
+        if self._fastopt_devices is not None:
             _prepare(self)
 
     add_param_group.__doc__ = torch.optim.SGD.add_param_group.__doc__
