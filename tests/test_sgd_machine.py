@@ -54,8 +54,9 @@ class Watching(TorchDispatchMode):
 
 
 def sparse(rows: int, columns: int, seed: int) -> Tensor:
-    index = torch.tensor([[0, rows - 1, 0]])
-    return torch.sparse_coo_tensor(index, values((3, columns), seed=seed), (rows, columns))
+    count = 3 if rows > 0 else 0  # torch would write to rows that are not there
+    index = torch.tensor([[0, rows - 1, 0][:count]], dtype=torch.int64)
+    return torch.sparse_coo_tensor(index, values((count, columns), seed=seed), (rows, columns))
 
 
 def inference(tensor: Tensor) -> Tensor:
