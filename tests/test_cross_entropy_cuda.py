@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accuracy import assert_as_accurate, assert_same_bits
+from compiling import compiled
 from cross_entropy_cases import (
     DTYPES,
     EVERYTHING,
@@ -43,8 +44,6 @@ from cross_entropy_cases import (
 )
 from fastopt import ops, reference
 from fastopt.loss import _largest_mass
-
-pytestmark = pytest.mark.xdist_group("cross_entropy_cuda")
 
 ROOT = Path(__file__).parents[1]
 SANITIZE = os.environ.get("FASTOPT_SANITIZE") == "1"
@@ -74,28 +73,20 @@ def emulation() -> ctypes.CDLL:
     FASTOPT_SANITIZE=1 with sanitizers."""
     source = ROOT / "tests/emulation/cross_entropy.cpp"
     name = "cross_entropy_sanitize.so" if SANITIZE else "cross_entropy.so"
-    library = ROOT / "build/emulation" / name
-    sources = [source, *(ROOT / "tests/emulation").glob("*.h"), *(ROOT / "csrc").rglob("*.h")]
-    newest = max(path.stat().st_mtime for path in sources)
-    if not library.exists() or library.stat().st_mtime < newest:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}.tmp")
-        flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZE else []
-        include = Path(torch.__file__).parent / "include"
-        subprocess.run(
-            [
-                *("g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *flags),
-                *("-fPIC", "-shared", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
-                *("-DFASTOPT_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
-                *("-Icsrc", "-Itests/emulation", "-isystem", str(include)),
-                *("-isystem", str(include / "torch/csrc/api/include")),
-                *(str(source), "-o", str(unfinished)),
-                *(f"-L{include.parent / 'lib'}", "-ltorch_cpu"),
-            ],
-            cwd=ROOT,
-            check=True,
-        )
-        os.replace(unfinished, library)
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZE else []
+    include = Path(torch.__file__).parent / "include"
+    library = compiled(
+        ROOT / "build/emulation" / name,
+        [source, *(ROOT / "tests/emulation").glob("*.h"), *(ROOT / "csrc").rglob("*.h")],
+        [
+            *("g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *flags),
+            *("-fPIC", "-shared", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
+            *("-DFASTOPT_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+            *("-Icsrc", "-Itests/emulation", "-isystem", include),
+            *("-isystem", include / "torch/csrc/api/include", source),
+            *(f"-L{include.parent / 'lib'}", "-ltorch_cpu"),
+        ],
+    )
     for name, schema in ops.SCHEMAS.items():
         DEFINITIONS.define(name + schema)
     torch.ops.load_library(library)

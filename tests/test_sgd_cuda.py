@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastopt
 from accuracy import assert_as_accurate
 from child import run_python
+from compiling import compiled
 from fastopt import gpu_step, ops, optim
 from sgd_oracle import (
     DAMPED,
@@ -52,8 +53,6 @@ from sgd_oracle import (
     train,
     values,
 )
-
-pytestmark = pytest.mark.xdist_group("sgd_cuda")
 
 ROOT = Path(__file__).parents[1]
 SANITIZED = os.environ.get("FASTOPT_SANITIZE") == "1"
@@ -853,21 +852,23 @@ CASES: list[Callable[[Device], None]] = [
 def emulation() -> ctypes.CDLL:
     """tests/emulation/sgd.cpp, built once per version of what it includes."""
     source = ROOT / "tests/emulation/sgd.cpp"
-    name = "libsgd_sanitized.so" if SANITIZED else "libsgd.so"
-    library = ROOT / "build/emulation" / name
-    parts = [source, *(ROOT / "csrc").rglob("*.h"), ROOT / "tests/emulation/emulation.h"]
-    if not library.exists() or library.stat().st_mtime < max(p.stat().st_mtime for p in parts):
-        library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-        subprocess.run(
-            ["g++", "-std=c++17", *(flags if SANITIZED else ["-O2"]), "-g1", "-fPIC", "-shared"]
-            + ["-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-            + ["-Icsrc", "-Itests/emulation", str(source), "-o", str(unfinished)],
-            cwd=ROOT,
-            check=True,
-        )
-        unfinished.replace(library)
+    sanitized = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    library = compiled(
+        ROOT / "build/emulation" / ("libsgd_sanitized.so" if SANITIZED else "libsgd.so"),
+        [source, *(ROOT / "csrc").rglob("*.h"), ROOT / "tests/emulation/emulation.h"],
+        [
+            *(
+                "g++",
+                "-std=c++17",
+                *(sanitized if SANITIZED else ["-O2"]),
+                "-g1",
+                "-fPIC",
+                "-shared",
+            ),
+            *("-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+            *("-Icsrc", "-Itests/emulation", source),
+        ],
+    )
     loaded = ctypes.CDLL(str(library))
     run = loaded.fastopt_sgd_run_emulated
     run.argtypes = [
