@@ -272,9 +272,9 @@ struct CrossEntropy {
   }
 
   // sum_c q_c (log(sum) - (x_c - max)), a term for each class that has mass, as torch adds them up.
-  double loss_by_class(int64_t r, double max, double sum) const {
+  // y: its label, as the sweep has read it.
+  double loss_by_class(int64_t r, int64_t y, double max, double sum) const {
     const T* const x = logits + offset(p.logits_strides, r);
-    const int64_t y = kLabels ? label(r) : -1;
     const auto term = [&](int64_t c, A q) {
       const double d = static_cast<double>(to_acc(x[c * p.logits_strides.cls])) - max;
       return static_cast<double>(q) * (scalar_log(sum) - d);
@@ -301,7 +301,7 @@ struct CrossEntropy {
                         : add_true_class<double>(stats, to_acc(row.x[row.y]), true_mass(row.y));
     }
     double loss = kLabels && row.y < 0 ? 0.0 : fastopt::row_loss(stats);
-    if (is_doubtful(loss, stats.sum)) loss = loss_by_class(r, stats.max, stats.sum);
+    if (is_doubtful(loss, stats.sum)) loss = loss_by_class(r, row.y, stats.max, stats.sum);
     if (row_loss != nullptr) row_loss[r] = static_cast<A>(loss);
     *loss_sum += loss;
     return stats;
@@ -671,7 +671,8 @@ struct CrossEntropy {
     if (is_doubtful(*loss_sum, 0.0)) {
       for (int64_t i = 0; i < tile.rows; ++i) {
         if (!is_doubtful(tile.scratch[i], tile.sum[i])) continue;
-        tile.scratch[i] = static_cast<A>(loss_by_class(tile.first + i, tile.max[i], tile.sum[i]));
+        tile.scratch[i] =
+            static_cast<A>(loss_by_class(tile.first + i, tile.y[i], tile.max[i], tile.sum[i]));
       }
       *loss_sum = sum_of_rows(tile.scratch, tile.rows);
     }
