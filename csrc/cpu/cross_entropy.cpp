@@ -105,20 +105,6 @@ void scale_by_no_number(const CrossEntropyProblem& p, const void* factors, bool 
   });
 }
 
-void scale_by_no_number(const CrossEntropyProblem& p, const void* factors, bool one,
-                        bool smoothed) {
-  switch (p.logits_type) {
-    case Element::float32:
-      return scale_by_no_number<float>(p, factors, one, smoothed);
-    case Element::float64:
-      return scale_by_no_number<double>(p, factors, one, smoothed);
-    case Element::bfloat16:
-      return scale_by_no_number<BFloat16>(p, factors, one, smoothed);
-    case Element::float16:
-      return scale_by_no_number<Half>(p, factors, one, smoothed);
-  }
-}
-
 template <class A>
 bool all_finite(const Tensor& factors) {
   const A* const values = static_cast<const A*>(factors.const_data_ptr());
@@ -382,7 +368,11 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     const bool one = factors.numel() == 1;
     const bool finite = call.accumulate == ScalarType::Double ? all_finite<double>(factors)
                                                               : all_finite<float>(factors);
-    if (!finite) return scale_by_no_number(p, values, one, smoothed);
+    if (!finite) {
+      return with_element(p.logits_type, [&](auto element) {
+        scale_by_no_number<typename decltype(element)::type>(p, values, one, smoothed);
+      });
+    }
     const CrossEntropyScale scale{p.logits_type, p.grad,      p.grad_strides, p.batch,
                                   p.classes,     p.positions, values,         one};
     const bool by_rows = p.grad_strides.cls == 1;

@@ -774,16 +774,8 @@ void with_target(const CrossEntropyParams& p, const F& run) {
 
 template <class F>
 void dispatch(const CrossEntropyParams& p, const F& run) {
-  switch (p.logits_type) {
-    case Element::float32:
-      return with_target<float>(p, run);
-    case Element::float64:
-      return with_target<double>(p, run);
-    case Element::bfloat16:
-      return with_target<BFloat16>(p, run);
-    case Element::float16:
-      return with_target<Half>(p, run);
-  }
+  with_element(p.logits_type,
+               [&](auto element) { with_target<typename decltype(element)::type>(p, run); });
 }
 
 }  // namespace
@@ -797,8 +789,8 @@ void cross_entropy_tiles(const CrossEntropyParams& p, int64_t begin, int64_t end
 // Tasks: with one factor, single elements of the dense memory; else the rows where their classes
 // lie side by side, and the (batch entry, class) pairs where their positions do.
 void cross_entropy_scale(const CrossEntropyScale& p, int64_t begin, int64_t end) {
-  const auto scale = [&](auto type) {
-    using T = decltype(type);
+  with_element(p.type, [&](auto element) {
+    using T = typename decltype(element)::type;
     using A = Acc<T>;
     constexpr int kStep = kLanes<A>;
     const auto by_one = [](T* x, int64_t count, A factor) {
@@ -831,17 +823,7 @@ void cross_entropy_scale(const CrossEntropyScale& p, int64_t begin, int64_t end)
         x = from_acc<T>(to_acc(x) * own[i]);
       }
     }
-  };
-  switch (p.type) {
-    case Element::float32:
-      return scale(float{});
-    case Element::float64:
-      return scale(double{});
-    case Element::bfloat16:
-      return scale(BFloat16{});
-    case Element::float16:
-      return scale(Half{});
-  }
+  });
 }
 
 LabelCount cross_entropy_count_labels(const int64_t* labels, int64_t count, int64_t classes,

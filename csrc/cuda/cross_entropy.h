@@ -855,7 +855,8 @@ struct CrossEntropy {
   // A thread takes kAdjacent rows whose elements lie side by side in memory: one access for all of
   // them, and one reckoning of addresses.
 
-  static constexpr int kStridedClasses = kMass ? 4 : 8;  // of a thread, under way at once
+  // Of a thread, under way at once. (With 8 float64 of two rows, sm_100 spills.)
+  static constexpr int kStridedClasses = kMass || sizeof(A) == 8 ? 4 : 8;
 
   template <int kAdjacent>
   FASTOPT_MEMBER void strided() {
@@ -1126,26 +1127,6 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kParcelThreads)
 }
 
 // ---- which instantiation: for the launcher and the emulation alike ----
-
-template <class T>
-struct Type {
-  using type = T;
-};
-
-// run(Type<T>) for an element type.
-template <class F>
-void with_element(Element element, const F& run) {
-  switch (element) {
-    case Element::float32:
-      return run(Type<float>{});
-    case Element::float64:
-      return run(Type<double>{});
-    case Element::bfloat16:
-      return run(Type<BFloat16>{});
-    case Element::float16:
-      return run(Type<Half>{});
-  }
-}
 
 inline int64_t bytes_of(Element element) {
   switch (element) {

@@ -26,6 +26,26 @@ struct Half {
 // The storage types by name, where a plain struct carries one.
 enum class Element : int32_t { float32, float64, bfloat16, float16 };
 
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// run(Type<T>{}) for the type of that name.
+template <class F>
+void with_element(Element element, const F& run) {
+  switch (element) {
+    case Element::float32:
+      return run(Type<float>{});
+    case Element::float64:
+      return run(Type<double>{});
+    case Element::bfloat16:
+      return run(Type<BFloat16>{});
+    case Element::float16:
+      return run(Type<Half>{});
+  }
+}
+
 // Accumulation type of a storage type: float, but double for double.
 template <class T>
 struct AccumulateTraits {
