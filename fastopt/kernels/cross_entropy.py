@@ -438,8 +438,8 @@ def _forward_kernel(
             waits = upstream - upstream == 0  # not where the divisor makes it inf or NaN
             unit = tl.where(waits, upstream / scale, unit)
             upstream = tl.where(waits, scale, upstream)
-        if tl.program_id(0) == 0:
-            tl.store(unit_ptr, unit.to(tl.float32))
+        # Under a mask: a branch here would part what the registers are given to, and spill on sm_80.
+        tl.store(unit_ptr, unit.to(tl.float32), mask=tl.program_id(0) == 0)
         up = tl.full([ROWS], upstream.to(ACC), ACC)
         factor = _factor(mass, row_sum, AXIS)
         if EDGE > 1:
