@@ -750,36 +750,21 @@ ARCHITECTURES = [
 ]
 
 
-def newest_source() -> float:
-    sources = [*(ROOT / "csrc").rglob("*.h"), ROOT / "csrc/cuda/cross_entropy.cu"]
-    return max(path.stat().st_mtime for path in sources)
-
-
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def cubin(request: pytest.FixtureRequest) -> Path:
     """The kernels for one architecture, with the compiler's report beside them."""
-    library = ROOT / f"build/emulation/cross_entropy.{request.param}.cubin"
-    report = library.with_suffix(".report")
-    if report.exists() and min(p.stat().st_mtime for p in (library, report)) >= newest_source():
-        return library
     include = Path(torch.__file__).parent / "include"
-    library.parent.mkdir(parents=True, exist_ok=True)
-    result = subprocess.run(
+    source = ROOT / "csrc/cuda/cross_entropy.cu"
+    return compiled(
+        ROOT / f"build/emulation/cross_entropy.{request.param}.cubin",
+        [source, *(ROOT / "csrc").rglob("*.h")],
         [
             *(NVCC, "-std=c++17", "-O3", f"-arch={request.param}", "-cubin", "-Icsrc"),
             *("-DUSE_CUDA", "-DFASTOPT_PTX_ARCH=100", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
-            *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),
-            *("-Werror", "all-warnings", "-Xptxas", "-v"),
-            *("csrc/cuda/cross_entropy.cu", "-o", str(library)),
+            *("-isystem", include, "-isystem", include / "torch/csrc/api/include"),
+            *("-Werror", "all-warnings", "-Xptxas", "-v", source),
         ],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
     )
-    assert result.returncode == 0, result.stderr
-    report.write_text(result.stderr)
-    return library
 
 
 def demangled(text: str) -> str:
