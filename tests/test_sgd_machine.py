@@ -27,25 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
 import served
-from sgd_oracle import assert_same_bits, for_loop, values
+from sgd_oracle import Meddling, assert_same_bits, for_loop, values
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 
 SECONDS = float(os.environ.get("FASTOPT_MACHINE_S", "0"))
-
-
-class Odd(Tensor):
-    """A subclass that does nothing; its update runs Python, which may be told to act."""
-
-    act: Any = None
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        if cls.act is not None and func is Tensor.add_:
-            act, cls.act = cls.act, None
-            act()
-        return result
 
 
 class Watching(TorchDispatchMode):
@@ -76,7 +62,7 @@ PARAMS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "strided": lambda base, seed: values((6, 8), seed=seed)[:, ::2],
     "complex": lambda base, seed: torch.complex(values(5, seed=seed), values(5, seed=seed + 1)),
     "negative": lambda base, seed: torch._neg_view(values((6, 4), seed=seed)),
-    "subclass": lambda base, seed: values((6, 4), seed=seed).as_subclass(Odd),
+    "subclass": lambda base, seed: values((6, 4), seed=seed).as_subclass(Meddling),
     "meta": lambda base, seed: torch.empty(6, 4, device="meta"),
     "integers": lambda base, seed: torch.arange(6),
     "lazy": lambda base, seed: nn.UninitializedParameter(),
@@ -97,7 +83,7 @@ GRADS: dict[str, Callable[[Tensor, int], Tensor | None]] = {
     "expanded": lambda p, seed: values((), p.dtype, seed).expand(p.shape),
     "sparse": lambda p, seed: sparse(*p.shape, seed),
     "negative": lambda p, seed: torch._neg_view(values(p.shape, p.dtype, seed)),
-    "subclass": lambda p, seed: values(p.shape, p.dtype, seed).as_subclass(Odd),
+    "subclass": lambda p, seed: values(p.shape, p.dtype, seed).as_subclass(Meddling),
     "itself": lambda p, seed: p.detach(),
     "inference": lambda p, seed: inference(values(p.shape, p.dtype, seed)),
 }
@@ -242,7 +228,7 @@ class Programs(RuleBasedStateMachine):
     def swap_data(self, index: int, kind: str) -> None:
         def act(side: Side) -> None:
             p = side.pick(index)
-            if p.is_complex() or p.is_inference() or p.device.type == "meta" or type(p) is Odd:
+            if p.is_complex() or p.is_inference() or p.device.type == "meta" or type(p) is Meddling:
                 return
             p.data = DATA[kind](p.data)
 
@@ -424,13 +410,13 @@ class Programs(RuleBasedStateMachine):
 
             handle = None
             if where == "inside":
-                Odd.act = meddle
+                Meddling.act = meddle
             else:
                 handle = getattr(side.optimizer, f"register_step_{where}_hook")(meddle)
             try:
                 side.optimizer.step()
             finally:
-                Odd.act = None
+                Meddling.act = None
                 if handle is not None:
                     handle.remove()
 

@@ -18,6 +18,7 @@ from sgd_oracle import (
     FULL,
     OPTIONS,
     SMALL_SIZES,
+    Meddling,
     assert_same_history,
     for_loop,
     leaf,
@@ -251,20 +252,6 @@ def test_ten_thousand_steps_of_eight_threads_beside_others_that_edit() -> None:
 
 
 # --- Python inside a step ------------------------------------------------------------------------
-
-
-class Meddling(Tensor):
-    """A parameter whose update runs Python, which may do anything to anything."""
-
-    act: Any = None
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        if cls.act is not None and func is Tensor.add_:
-            act, cls.act = cls.act, None
-            act()
-        return result
 
 
 MEDDLING: dict[str, Any] = {
