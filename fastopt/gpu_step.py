@@ -293,10 +293,10 @@ def _pack_group(group: dict[str, Any], device: torch.device, kept: list[Tensor])
     )
 
 
-def places(params: Iterable[Any], devices: Iterable[torch.device | None]) -> dict[Any, list[int]]:
-    """Where the parameters of each GPU are among all."""
+def places(devices: Iterable[torch.device | None]) -> dict[Any, list[int]]:
+    """Where the parameters of each GPU are among all, given the GPU of each, if it is on one."""
     found: dict[Any, list[int]] = {}
-    for i, (_, device) in enumerate(zip(params, devices, strict=True)):
+    for i, device in enumerate(devices):
         if device is not None:
             found.setdefault(device, []).append(i)
     return found

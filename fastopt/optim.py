@@ -153,7 +153,7 @@ class _Plan:
         if last is not None and last.sizes == sizes:
             self.devices, self.group_of, self.gather = last.devices, last.group_of, last.gather
         else:
-            places = gpu_step.places(params, map(_gpu_of, params)) if _gpu_family() else {}
+            places = gpu_step.places(map(_gpu_of, params)) if _gpu_family() else {}
             if sum(map(len, places.values())) == self.count > 0:
                 self.devices = places
             of_each = [[index] * size for index, size in enumerate(sizes)]
@@ -624,7 +624,7 @@ class _Run:
     def _on_gpu(self, device: torch.device, begin: int) -> int:
         """As on CPU."""
         all_params = list(chain.from_iterable(map(_get_params, self.optimizer.param_groups)))
-        places = gpu_step.places(all_params, map(_gpu_of, all_params))
+        places = gpu_step.places(map(_gpu_of, all_params))
         place_of = {id(all_params[i]): place for place, i in enumerate(places.get(device, ()))}
         end = begin
         run: list[int] = []  # the places of parameters from `begin` on
@@ -698,7 +698,7 @@ def _prepare(optimizer: SGD) -> None:
     if _gpu_family() is None or not _is_plain_call():
         return
     params = list(chain.from_iterable(map(_get_params, optimizer.param_groups)))
-    for device, own in gpu_step.places(params, map(_gpu_of, params)).items():
+    for device, own in gpu_step.places(map(_gpu_of, params)).items():
         if not gpu_step.capturing(device):
             with devices.lock:
                 step = _device_step(optimizer, devices, device, params, own)
