@@ -64,12 +64,9 @@ def cross_entropy_forward(
     loss_dtype: torch.dtype,
 ) -> Tensor:
     p = _problem(logits, target, weight, ignore_index, label_smoothing)
-    row_max = p.x.amax(p.dim, keepdim=True)
-    shifted = p.x - row_max
-    row_sum = shifted.exp().sum(p.dim, keepdim=True)
     # Class by class: infinite masses, or such as are too large to add up, make no inf - inf.
-    terms = p.q * (row_sum.log() - shifted)
-    loss = torch.where(p.counted, terms, 0).sum(p.dim, keepdim=True)
+    terms = torch.where(p.counted, p.q * -p.x.log_softmax(p.dim), 0)
+    loss = terms.sum(p.dim, keepdim=True)
     loss = torch.where(p.live, loss, 0).squeeze(p.dim)
     if reduction != 0:
         loss = loss.sum(dtype=torch.float64)
