@@ -1,6 +1,6 @@
 """Build fastopt: a Python package, its CPU kernels (fastopt/_C.so), its CUDA kernels
 (fastopt/_CUDA.so) where torch is one for CUDA and nvcc is found, and a record of what was built
-(fastopt/_build.json), which fastopt/ops.py reads.
+(fastopt/_build.json), which fastopt/backends.py reads.
 
 The kernels touch torch only through its stable C ABI. So one library serves every torch >= 2.10
 and every Python, and building it takes torch's headers, a few -l flags and nothing else: the

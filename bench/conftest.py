@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import fastopt
-import fastopt.ops
+import fastopt.backends
 from timing import Call, Stopwatch, host_microseconds, make_stopwatch, measure_copy
 
 SECONDS_PER_CASE = {"cpu": 6.0, "cuda": 1.5}
@@ -89,7 +89,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
             "gpu_memory_gb": round(properties.total_memory / 2**30),
             "cuda": torch.version.cuda,
             "triton": importlib.metadata.version("triton"),
-            "kernels": fastopt.ops.GPU_FAMILY,
+            "kernels": fastopt.backends.GPU_FAMILY,
         }
     machine_info.clear()
     machine_info.update(

@@ -1,12 +1,12 @@
 """fastopt: drop-in, faster cross-entropy loss and SGD for PyTorch."""
 
-__version__ = "0.1.0"  # before the imports: ops.py compares it with that of the libraries
+__version__ = "0.1.0"  # before the imports: backends.py compares it with that of the libraries
 
-from fastopt import ops
+from fastopt import backends
+from fastopt.backends import MissingKernelsWarning
 from fastopt.loss import CrossEntropyLoss, cross_entropy
-from fastopt.ops import MissingKernelsWarning
 from fastopt.optim import SGD
 
 __all__ = ["SGD", "CrossEntropyLoss", "MissingKernelsWarning", "cross_entropy"]
 
-ops.warn_of_missing_kernels()
+backends.warn_of_missing_kernels()

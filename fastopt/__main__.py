@@ -8,7 +8,7 @@ import sys
 import torch
 
 import fastopt
-from fastopt import loss, ops, optim, sgd_gather
+from fastopt import backends, loss, ops, optim, sgd_gather
 
 # What can be set, and what it means while it is not.
 ENVIRONMENT = {
@@ -23,11 +23,14 @@ GPU_KERNELS = {"cuda": "CUDA C++", "triton": "Triton"}
 
 
 def libraries() -> list[list[str]]:
-    cpu = f"{ops.CPU_LIBRARY} (SIMD level {ops.simd_level()})"
+    cpu = f"{backends.CPU_LIBRARY} (SIMD level {backends.simd_level()})"
     return [
-        ["cpu", cpu if ops.CPU_LIBRARY else f"not loaded: {ops.CPU_LIBRARY_ERROR}"],
-        ["cuda", str(ops.CUDA_LIBRARY or f"not loaded: {ops.CUDA_LIBRARY_ERROR}")],
-        ["triton", f"not used: {ops.TRITON_ERROR}" if ops.TRITON_ERROR else "serves GPUs"],
+        ["cpu", cpu if backends.CPU_LIBRARY else f"not loaded: {backends.CPU_LIBRARY_ERROR}"],
+        ["cuda", str(backends.CUDA_LIBRARY or f"not loaded: {backends.CUDA_LIBRARY_ERROR}")],
+        [
+            "triton",
+            f"not used: {backends.TRITON_ERROR}" if backends.TRITON_ERROR else "serves GPUs",
+        ],
     ]
 
 
@@ -40,14 +43,18 @@ def gpus() -> list[list[str]]:
             f"torch's own: {reason}" if reason else "served",
         ]
         for i in range(torch.cuda.device_count())
-        for reason in [ops.why_not_gpu(i)]
+        for reason in [backends.why_not_gpu(i)]
     ]
 
 
 def op_kernel(op: str, device: str) -> str:
     """What answers torch.ops.fastopt.<op> on this device: the dispatcher knows."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastopt::{op}", DEVICES[device]):
-        return GPU_KERNELS[ops.GPU_FAMILY or ""] if device == "cuda" else f"C++, {ops.simd_level()}"
+        return (
+            GPU_KERNELS[backends.GPU_FAMILY or ""]
+            if device == "cuda"
+            else f"C++, {backends.simd_level()}"
+        )
     return "reference"
 
 
@@ -59,10 +66,10 @@ def cross_entropy_kernel(device: str) -> str:
 
 def sgd_kernel(device: str) -> str:
     if device == "cpu" and optim._kernels_apply():
-        return f"C++, {ops.simd_level()}"
-    if device == "cuda" and ops.GPU_FAMILY is not None:
-        return GPU_KERNELS[ops.GPU_FAMILY]
-    if device == "cpu" and ops.CPU_LIBRARY is not None:
+        return f"C++, {backends.simd_level()}"
+    if device == "cuda" and backends.GPU_FAMILY is not None:
+        return GPU_KERNELS[backends.GPU_FAMILY]
+    if device == "cpu" and backends.CPU_LIBRARY is not None:
         if sgd_gather.OTHER_SOURCES:
             return "torch's own: _C.so was built from other sources"
         return "torch's own: this Python's or torch's object layout is unknown"
@@ -105,10 +112,10 @@ environment
 
 
 def exit_status() -> int:
-    if ops.UNWANTED:
+    if backends.UNWANTED:
         return 0
-    cpu = platform.system() == "Linux" and bool(ops.problems)
-    gpu = any(map(ops.why_not_gpu, range(torch.cuda.device_count())))
+    cpu = platform.system() == "Linux" and bool(backends.problems)
+    gpu = any(map(backends.why_not_gpu, range(torch.cuda.device_count())))
     return int(cpu or gpu)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from fastopt import ops
+from fastopt import backends
 from fastopt.sgd_gather import (
     GROUP_WORDS,
     LAYOUT,
@@ -106,7 +106,7 @@ def c_step(launch: Launch, processors: int) -> _Step:
 
 @functools.cache
 def _cuda_run() -> Any:
-    run = ctypes.CDLL(str(ops.CUDA_LIBRARY)).fastopt_sgd_run_cuda
+    run = ctypes.CDLL(str(backends.CUDA_LIBRARY)).fastopt_sgd_run_cuda
     run.argtypes = [ctypes.POINTER(_Step), ctypes.c_int, ctypes.c_void_p]
     run.restype = ctypes.c_char_p
     return run

@@ -22,7 +22,7 @@ from torch.nn import _reduction
 from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
-from fastopt import ops, reference
+from fastopt import backends, ops, reference
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -50,13 +50,13 @@ _MIN_LOGITS_COMPILED = 1 << 15
 # Before 2.13 what torch compiled raises no error when its gradient is to be differentiated, and leaves
 # the second derivative out in silence, unless the graph saved one of its inputs: stock's loss may, ours
 # never does.
-_COMPILES_GRADIENTS = ops._torch_version() >= (2, 13)
+_COMPILES_GRADIENTS = backends.torch_version() >= (2, 13)
 _MAX_CLASSES_ON_GPU = 1 << 30  # which both families of kernels count in 32 bits
 
 
 def _is_too_small(count: int, classes: int, cuda: bool = False) -> bool:
     """Whether stock is faster for this many logits. Never under FASTOPT_ALWAYS."""
-    if ops.ALWAYS:
+    if backends.ALWAYS:
         return False
     if cuda:
         return count < _MIN_LOGITS_ON_GPU
@@ -66,10 +66,10 @@ def _is_too_small(count: int, classes: int, cuda: bool = False) -> bool:
 
 
 # What no rule would let through, to be asked before anything else.
-_MIN_LOGITS = 1 if ops.ALWAYS else _MIN_LOGITS_OF_FEW_CLASSES
+_MIN_LOGITS = 1 if backends.ALWAYS else _MIN_LOGITS_OF_FEW_CLASSES
 
-_ON_CPU = ops.CPU_LIBRARY is not None or ops.BACKEND == "reference"
-_ON_GPU = ops.GPU_FAMILY is not None or ops.BACKEND == "reference"
+_ON_CPU = backends.CPU_LIBRARY is not None or backends.BACKEND == "reference"
+_ON_GPU = backends.GPU_FAMILY is not None or backends.BACKEND == "reference"
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
@@ -193,7 +193,7 @@ def _is_compiled_too_small(count: Any) -> bool:
     would become a guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return not ops.ALWAYS and statically_known_true(count < _MIN_LOGITS_COMPILED)
+    return not backends.ALWAYS and statically_known_true(count < _MIN_LOGITS_COMPILED)
 
 
 def _serves(
@@ -216,7 +216,7 @@ def _serves(
             _ON_GPU
             and target.is_cuda
             and logits.device == target.device
-            and ops.serves_gpu(logits.device.index)
+            and backends.serves_gpu(logits.device.index)
             if cuda
             else _ON_CPU and logits.is_cpu and target.is_cpu
         )
@@ -297,7 +297,7 @@ def _cross_entropy(
     loss_dtype = _loss_dtype(logits)
     if target.dtype is not torch.int64:
         loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target))
-    elif ops.DEBUG and logits.is_cuda:
+    elif backends.DEBUG and logits.is_cuda:
         _check_labels(target, logits.shape[0 if logits.dim() == 1 else 1], ignore_index)
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()

@@ -32,7 +32,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 from torch.utils._device import DeviceContext
 
-from fastopt import gpu_step, ops, sgd_gather
+from fastopt import backends, gpu_step, sgd_gather
 from fastopt.gpu_step import Devices, DeviceStep, Launch
 from fastopt.sgd_gather import GROUP_WORDS, NEEDS_BUFFER, NO_GRADIENT, READY, Gather
 
@@ -48,7 +48,7 @@ _INT_MAX = 2**53  # beyond, torch's integers and our doubles round differently
 
 def _gpu_family() -> str | None:
     """Which kernels serve GPUs: cuda, triton, or None where torch's own do."""
-    return ops.GPU_FAMILY
+    return backends.GPU_FAMILY
 
 
 _LAUNCHERS: dict[Any, Callable[[Launch], None]] = {
@@ -122,7 +122,7 @@ def _is_served_gpu(device: torch.device) -> bool:
     return (
         device.type == gpu_step.DEVICE_TYPE
         and _gpu_family() is not None
-        and ops.serves_gpu(device.index)
+        and backends.serves_gpu(device.index)
     )
 
 

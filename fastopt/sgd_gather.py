@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastopt import ops
+from fastopt import backends
 
 # The verdicts on a parameter (the last: on the whole step).
 READY, NO_GRADIENT, NEEDS_BUFFER, TORCH, OVERLAPPING = 1, 2, 4, 8, 16
@@ -110,20 +110,20 @@ def find_layout(word: Callable[[int], int | None] = _read_word) -> Layout | None
 
 def _library_knows_the_table() -> bool:
     """False for a library that other sources were built into, as after an update without a build."""
-    table_bytes = getattr(ctypes.CDLL(str(ops.CPU_LIBRARY)), "fastopt_sgd_table_bytes", None)
+    table_bytes = getattr(ctypes.CDLL(str(backends.CPU_LIBRARY)), "fastopt_sgd_table_bytes", None)
     return table_bytes is not None and table_bytes() == ctypes.sizeof(_Table)
 
 
-OTHER_SOURCES = ops.CPU_LIBRARY is not None and not _library_knows_the_table()
+OTHER_SOURCES = backends.CPU_LIBRARY is not None and not _library_knows_the_table()
 if OTHER_SOURCES:
-    ops.problems.append(
+    backends.problems.append(
         "_C.so was built from other sources; SGD works through torch until it is rebuilt"
     )
-LAYOUT = None if ops.CPU_LIBRARY is None or OTHER_SOURCES else find_layout()
+LAYOUT = None if backends.CPU_LIBRARY is None or OTHER_SOURCES else find_layout()
 if LAYOUT is not None:
     # They read Python's objects, so they are called with its lock held; a large step lets go of it
     # when all addresses are known.
-    _library = ctypes.PyDLL(str(ops.CPU_LIBRARY))
+    _library = ctypes.PyDLL(str(backends.CPU_LIBRARY))
     _gather, _step, _run = (
         getattr(_library, f"fastopt_sgd_{name}_cpu") for name in ("gather", "step", "run")
     )

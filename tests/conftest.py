@@ -20,7 +20,7 @@ import hypothesis
 import pytest
 import torch
 
-import fastopt.ops
+import fastopt.backends
 import served
 from cuda_errors import pytest_runtest_makereport  # noqa: F401
 
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     out = [
         item
         for item in items
-        if (fastopt.ops.ALWAYS and item.get_closest_marker("crossover"))
+        if (fastopt.backends.ALWAYS and item.get_closest_marker("crossover"))
         or (item.get_closest_marker("gpu") and not torch.cuda.is_available())
     ]
     config.hook.pytest_deselected(items=out)
@@ -58,7 +58,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Without kernels torch, or the reference, would be compared with itself."""
     if item.path.name.startswith(OF_KERNELS) and (reason := served.why_not(DEVICE)):
         pytest.fail(reason, pytrace=False)
-    if item.path.name.startswith("test_sgd") and fastopt.ops.BACKEND == "reference":
+    if item.path.name.startswith("test_sgd") and fastopt.backends.BACKEND == "reference":
         pytest.skip("FASTOPT_BACKEND=reference has no SGD: torch's own serves")
 
 
@@ -68,7 +68,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     faces = (served.cross_entropy, served.sgd)
     before = [face.counts() for face in faces]
     yield
-    if item.get_closest_marker("stock") or not fastopt.ops.ALWAYS:
+    if item.get_closest_marker("stock") or not fastopt.backends.ALWAYS:
         return
     for face, (ours, torchs) in zip(faces, before, strict=True):
         if face.torchs > torchs and face.ours == ours:

@@ -29,9 +29,11 @@ from cross_entropy_cases import (
     spatial_swapped,
     transposed,
 )
-from fastopt import ops
+from fastopt import backends
 
-SCALE = 1 if ops.ALWAYS else 48  # as users run it most of them are large enough for our kernels
+SCALE = (
+    1 if backends.ALWAYS else 48
+)  # as users run it most of them are large enough for our kernels
 LAYOUTS = {
     "rows": ((6 * SCALE, 11), contiguous),
     "transposed": ((6 * SCALE, 11), transposed),
@@ -81,7 +83,7 @@ CALLS = [
     for call in starmap(Call, product(DTYPES, REDUCTIONS, LAYOUTS, TARGETS, OF_CALLS))
     if (call.target == "labels" or "ignored" not in call.options)
     and (call.target != "float32 probabilities" or call.dtype in HALF)
-][:: 1 if ops.ALWAYS else 7]
+][:: 1 if backends.ALWAYS else 7]
 WAYS = {}
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastopt
-import fastopt.ops
+import fastopt.backends
 import served
 from accuracy import assert_as_accurate, assert_same_bits
 
@@ -325,7 +325,7 @@ def check(logits: Tensor, target: Tensor, **keywords: object) -> Result:
     inputs = [logits, target, *([weight] if isinstance(weight, Tensor) else [])]
     before = [tensor.detach().clone() for tensor in inputs]
     # With a crossover, test_crossover.py asks.
-    by_torch = not is_ours(logits, target, **keywords) if fastopt.ops.ALWAYS else None
+    by_torch = not is_ours(logits, target, **keywords) if fastopt.backends.ALWAYS else None
     with served.cross_entropy.answered(by_torch):
         ours = differentiate(fastopt.cross_entropy, logits, target, **keywords)
     for tensor, copy in zip(inputs, before, strict=True):

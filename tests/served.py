@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastopt
-from fastopt import loss, ops, optim
+from fastopt import backends, loss, optim
 
 
 class Face:
@@ -49,9 +49,11 @@ sgd = Face()
 
 def why_not(device: str = "cpu") -> str | None:
     """Why no kernel of ours can answer on this device, and what to do; None where one can."""
-    if ops.BACKEND == "reference" or (ops.CPU_LIBRARY if device == "cpu" else ops.GPU_FAMILY):
+    if backends.BACKEND == "reference" or (
+        backends.CPU_LIBRARY if device == "cpu" else backends.GPU_FAMILY
+    ):
         return None
-    reason = ops.CPU_LIBRARY_ERROR if device == "cpu" else ops.CUDA_LIBRARY_ERROR
+    reason = backends.CPU_LIBRARY_ERROR if device == "cpu" else backends.CUDA_LIBRARY_ERROR
     return (
         f"fastopt has no kernels for {device} here ({reason}): torch would be compared with itself. "
         "`make build` builds them; FASTOPT_BACKEND=reference tests plain torch's instead."

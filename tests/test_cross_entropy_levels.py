@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fastopt.ops
+import fastopt.backends
 from child import run_python
 
 LEVELS = ["baseline", "avx2", "avx512"]
 
 NAMED_SHAPES_SCRIPT = """
 import cross_entropy_cases
-import fastopt.ops
+import fastopt.backends
 cross_entropy_cases.check_named_shapes()
-print(fastopt.ops.simd_level())
+print(fastopt.backends.simd_level())
 """
 
 
@@ -33,4 +33,4 @@ def test_named_shapes_at(level: str) -> None:
 
 
 def test_the_level_in_use_is_one_of_them() -> None:
-    assert fastopt.ops.simd_level() in LEVELS
+    assert fastopt.backends.simd_level() in LEVELS

@@ -159,7 +159,7 @@ def as_accurate(stock: Any, ours: Any, exact: Any, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("way", WAYS)
 def test_calls_crossed_with_ways(way: str, dtype: torch.dtype) -> None:
-    by_torch = way == "functional_gradient" if fastopt.ops.ALWAYS else None
+    by_torch = way == "functional_gradient" if fastopt.backends.ALWAYS else None
 
     def run(loss: Loss, call: Call, exact: bool = False) -> list[Any]:
         x, t, kw = call.inputs(exact)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastopt
+import fastopt.backends
 import fastopt.ops
 from accuracy import assert_same_bits
 from cross_entropy_cases import (
@@ -46,8 +47,8 @@ def ops_reached(call: Callable[[], object]) -> set[str]:
 
 def test_kernels_serve() -> None:
     """Without this, the suite could pass by comparing torch with itself."""
-    assert fastopt.ops.CPU_LIBRARY is not None, fastopt.ops.CPU_LIBRARY_ERROR
-    assert fastopt.ops.ALWAYS, "run the suite with FASTOPT_ALWAYS=1"
+    assert fastopt.backends.CPU_LIBRARY is not None, fastopt.backends.CPU_LIBRARY_ERROR
+    assert fastopt.backends.ALWAYS, "run the suite with FASTOPT_ALWAYS=1"
     logits = make_logits((4, 10)).requires_grad_()
     target = make_target(logits)
     assert ops_reached(lambda: fastopt.cross_entropy(logits, target).backward())

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import fastopt
-import fastopt.ops
+import fastopt.backends
 from accuracy import assert_same_bits
 from cross_entropy_cases import (
     EVERYTHING,
@@ -35,7 +35,7 @@ LARGE = [(512, 1000), (65536, 10), (8, 128256), (2, 21, 128, 128)]
 
 
 def test_the_crossover_is_on() -> None:
-    assert not fastopt.ops.ALWAYS, "run these without FASTOPT_ALWAYS"
+    assert not fastopt.backends.ALWAYS, "run these without FASTOPT_ALWAYS"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)

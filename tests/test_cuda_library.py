@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastopt.__main__
-from fastopt import gpu_step, loss, ops, optim
+from fastopt import backends, gpu_step, loss, optim
 
 TOO_OLD = "CUDA driver version is insufficient for CUDA runtime version"
 LIBRARY = """
@@ -43,14 +43,14 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
         define = f"-DANSWER={answer}"
         command = [compiler, "-shared", "-fPIC", define, str(source), "-o", str(library)]
         subprocess.run(command, check=True)
-        monkeypatch.setattr(ops, "CUDA_LIBRARY", library)
-        monkeypatch.setattr(ops, "GPU_FAMILY", "cuda")
+        monkeypatch.setattr(backends, "CUDA_LIBRARY", library)
+        monkeypatch.setattr(backends, "GPU_FAMILY", "cuda")
         monkeypatch.setattr(loss, "_ON_GPU", True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
 
-    ops.why_not_gpu.cache_clear()
+    backends.why_not_gpu.cache_clear()
     yield build
-    ops.why_not_gpu.cache_clear()
+    backends.why_not_gpu.cache_clear()
 
 
 def served(index: int) -> tuple[bool, bool]:
@@ -75,7 +75,7 @@ def test_a_library_that_runs_serves(plant: Plant) -> None:
 
 def test_torch_serves_where_the_driver_refuses_and_one_warning_says_why(plant: Plant) -> None:
     plant(f'"{TOO_OLD}"')
-    with pytest.warns(ops.MissingKernelsWarning) as caught:
+    with pytest.warns(backends.MissingKernelsWarning) as caught:
         answers = [served(0), served(0), served(1)]
     assert answers == [(False, False), (False, False), (True, True)]
     assert len(caught) == 1
@@ -88,16 +88,16 @@ def test_a_gpu_older_than_the_code_is_not_asked_about(
 ) -> None:
     plant("(const char*)0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    with pytest.warns(ops.MissingKernelsWarning, match="no code for sm_75, only for 80 90"):
+    with pytest.warns(backends.MissingKernelsWarning, match="no code for sm_75, only for 80 90"):
         assert served(0) == (False, False)
-    assert ctypes.CDLL(str(ops.CUDA_LIBRARY)).times_asked() == 0
+    assert ctypes.CDLL(str(backends.CUDA_LIBRARY)).times_asked() == 0
 
 
 def test_the_report_names_the_reason(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(f'"{TOO_OLD}"')
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU number {index}")
-    with pytest.warns(ops.MissingKernelsWarning):
+    with pytest.warns(backends.MissingKernelsWarning):
         rows = fastopt.__main__.gpus()
     assert rows[0][:2] == ["cuda:0", "GPU number 0"] and TOO_OLD in rows[0][2]
     assert rows[1] == ["cuda:1", "GPU number 1", "served"]
@@ -107,10 +107,10 @@ def test_the_question_is_a_constant_to_dynamo(plant: Plant) -> None:
     plant(f'"{TOO_OLD}"')
 
     def double_if_served(x: torch.Tensor) -> torch.Tensor:
-        return x * 2 if ops.serves_gpu(0) else x
+        return x * 2 if backends.serves_gpu(0) else x
 
     compiled = torch.compile(double_if_served, fullgraph=True, backend="eager")
-    with pytest.warns(ops.MissingKernelsWarning):
+    with pytest.warns(backends.MissingKernelsWarning):
         assert torch.equal(compiled(torch.ones(3)), torch.ones(3))
 
 

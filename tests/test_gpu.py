@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastopt
-import fastopt.ops
+import fastopt.backends
 from accuracy import assert_as_accurate, assert_same_bits
 from child import run_python
 from cross_entropy_cases import (
@@ -63,8 +63,8 @@ def loss_and_gradient(logits: Tensor, target: Tensor, **keywords: object) -> tup
 
 
 def test_our_kernels_serve() -> None:
-    family = fastopt.ops.GPU_FAMILY
-    assert family == (fastopt.ops.BACKEND or family) and family in ("cuda", "triton")
+    family = fastopt.backends.GPU_FAMILY
+    assert family == (fastopt.backends.BACKEND or family) and family in ("cuda", "triton")
     logits = make_logits((256, 32000), torch.bfloat16).requires_grad_()
     loss = fastopt.cross_entropy(logits, make_target(logits))
     assert "_LossBackward" in type(loss.grad_fn).__name__
@@ -372,7 +372,7 @@ def test_sgd_updates_161_tensors_in_one_launch() -> None:
         bring_gradients([params], step)
         optimizer.step()
     # Triton's table travels as a copy.
-    assert launches(optimizer.step) == (1 if fastopt.ops.GPU_FAMILY == "cuda" else 2)
+    assert launches(optimizer.step) == (1 if fastopt.backends.GPU_FAMILY == "cuda" else 2)
 
 
 def test_sgd_never_waits(request: pytest.FixtureRequest) -> None:

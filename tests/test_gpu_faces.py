@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from child import run_python
-from fastopt import ops
+from fastopt import backends
 
 pytest.importorskip("triton")
 
@@ -59,20 +59,20 @@ print("all checked")
 def test_a_library_serves_the_gpus_that_it_has_code_for() -> None:
     archs = [80, 90, 100]
     served = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
-    assert all(ops.has_code_for(capability, archs) for capability in served)
-    assert not any(ops.has_code_for(capability, archs) for capability in [(7, 0), (7, 5)])
-    assert not ops.has_code_for((9, 0), [80, 100]) and not ops.has_code_for((8, 6), [90])
+    assert all(backends.has_code_for(capability, archs) for capability in served)
+    assert not any(backends.has_code_for(capability, archs) for capability in [(7, 0), (7, 5)])
+    assert not backends.has_code_for((9, 0), [80, 100]) and not backends.has_code_for((8, 6), [90])
 
 
 def test_triton_before_3_9_needs_a_c_compiler() -> None:
-    assert ops._compiles_launchers("\n__version__ = '3.6.0'\n")
-    assert not ops._compiles_launchers("__version__ = '3.9.0'")
-    assert not ops._compiles_launchers('__version__ = "4.0.0+rocm"')
+    assert backends._compiles_launchers("\n__version__ = '3.6.0'\n")
+    assert not backends._compiles_launchers("__version__ = '3.9.0'")
+    assert not backends._compiles_launchers('__version__ = "4.0.0+rocm"')
 
 
 def test_whether_a_gpu_is_served_is_a_constant_to_dynamo() -> None:
     def double_if_served(x: torch.Tensor) -> torch.Tensor:
-        return x * 2 if ops.serves_gpu(0) else x
+        return x * 2 if backends.serves_gpu(0) else x
 
     compiled = torch.compile(double_if_served, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(3)), double_if_served(torch.ones(3)))

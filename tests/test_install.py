@@ -48,8 +48,8 @@ with warnings.catch_warnings(record=True) as caught:
     import fastopt
 print(json.dumps({
     "package": fastopt.__file__,
-    "library": fastopt.ops.CPU_LIBRARY is not None,
-    "reason": fastopt.ops.CPU_LIBRARY_ERROR,
+    "library": fastopt.backends.CPU_LIBRARY is not None,
+    "reason": fastopt.backends.CPU_LIBRARY_ERROR,
     "warnings": [str(w.message) for w in caught if w.category is fastopt.MissingKernelsWarning],
 }))
 """

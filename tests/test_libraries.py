@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import fastopt.ops
+import fastopt.backends
 
-PACKAGE = Path(fastopt.ops.__file__).parent
+PACKAGE = Path(fastopt.backends.__file__).parent
 # The newest versions of system libraries that torch's own wheels (manylinux_2_28) ask for.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
 
-CUDA_LIBRARY = fastopt.ops._cuda_library_path()
+CUDA_LIBRARY = fastopt.backends._cuda_library_path()
 
 
 def symbols(library: Path) -> list[tuple[str, str]]:
@@ -66,8 +66,8 @@ def test_cuda_library_of_the_package_fastopt_cuda13_is_found(tmp_path: Path) -> 
     (other / "__init__.py").write_text("raise ImportError('nobody has to import this')")
     (other / "_CUDA.so").touch()
     ask = (
-        "from fastopt import ops; own = ops.Path(ops.__file__).with_name('_CUDA.so');"
-        "print(ops._cuda_library_path(), own, ops.torch.version.cuda, ops.CUDA_LIBRARY_ERROR)"
+        "from fastopt import backends as b; own = b.Path(b.__file__).with_name('_CUDA.so');"
+        "print(b._cuda_library_path(), own, b.torch.version.cuda, b.CUDA_LIBRARY_ERROR)"
     )
     path = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
     found, own, cuda, reason = subprocess.run(

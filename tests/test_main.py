@@ -63,8 +63,10 @@ def test_report_names_versions_library_and_kernels(plain_report: str) -> None:
     assert f"fastopt {fastopt.__version__}, torch {torch.__version__}" in plain_report
     for name in KERNELS:
         assert f"C++, {level_in_use(plain_report)}" in row(plain_report, name)
-    assert ("not loaded: " in row(plain_report, "cuda")) == (fastopt.ops.CUDA_LIBRARY is None)
-    assert ("not used: " in row(plain_report, "triton")) == (fastopt.ops.GPU_FAMILY != "triton")
+    assert ("not loaded: " in row(plain_report, "cuda")) == (fastopt.backends.CUDA_LIBRARY is None)
+    assert ("not used: " in row(plain_report, "triton")) == (
+        fastopt.backends.GPU_FAMILY != "triton"
+    )
     assert "not set" in row(plain_report, "FASTOPT_ALWAYS")
 
 
@@ -261,4 +263,4 @@ def test_warnings_as_errors_make_the_import_fail(package: Path) -> None:
     not_built(package)
     result = run("-W", "error::UserWarning", "-c", "import fastopt", cwd=package.parent)
     assert result.returncode == 1
-    assert "fastopt.ops.MissingKernelsWarning: fastopt works without" in result.stderr
+    assert "fastopt.backends.MissingKernelsWarning: fastopt works without" in result.stderr

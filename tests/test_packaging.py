@@ -32,7 +32,7 @@ USE_BOTH_FACES = """
 import json, sys
 import torch
 before = set(sys.modules)
-import fastopt, fastopt.ops
+import fastopt, fastopt.backends
 imported = set(sys.modules) - before
 
 torch.manual_seed(0)
@@ -61,8 +61,8 @@ assert torch.equal(*parameters)
 print(json.dumps({
     "package": fastopt.__file__,
     "version": fastopt.__version__,
-    "library": str(fastopt.ops.CPU_LIBRARY) if fastopt.ops.CPU_LIBRARY else None,
-    "reason": fastopt.ops.CPU_LIBRARY_ERROR,
+    "library": str(fastopt.backends.CPU_LIBRARY) if fastopt.backends.CPU_LIBRARY else None,
+    "reason": fastopt.backends.CPU_LIBRARY_ERROR,
     "triton": any(name.split(".")[0] == "triton" for name in imported),
     "cuda": torch.cuda.is_initialized(),
 }))

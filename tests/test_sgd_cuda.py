@@ -33,7 +33,7 @@ import fastopt
 from accuracy import assert_as_accurate
 from child import run_python
 from compiling import compiled
-from fastopt import gpu_step, ops, optim
+from fastopt import backends, gpu_step, optim
 from sgd_oracle import (
     DAMPED,
     DTYPES,
@@ -78,7 +78,7 @@ class Device:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gpu_step, "DEVICE_TYPE", "cpu")
             patch.setattr(optim, "_gpu_family", lambda: "tested")
-            patch.setattr(ops, "serves_gpu", lambda index: True)
+            patch.setattr(backends, "serves_gpu", lambda index: True)
             patch.setitem(optim._LAUNCHERS, "tested", self.launch)
             yield
 

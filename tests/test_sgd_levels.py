@@ -22,10 +22,10 @@ TORCH = {"avx512": "avx512", "avx2": "avx2", "baseline": "default"}
 PROGRAM = """
     import torch
     import fastopt
-    import fastopt.ops
+    import fastopt.backends
     from sgd_oracle import *
 
-    print(fastopt.ops.simd_level())
+    print(fastopt.backends.simd_level())
     sizes = (*SMALL_SIZES, 9_001)
     for name, options in OPTIONS.items():
         for dtype in EXACT_DTYPES:
@@ -78,6 +78,6 @@ def test_half_dtypes_have_the_same_bits_at_the_levels_with_fused_multiply_add(
 
 def test_an_unknown_level_is_refused_or_ignored_but_never_obeyed() -> None:
     served, *_ = run_python(
-        "import fastopt.ops; print(fastopt.ops.simd_level())", FASTOPT_SIMD=""
+        "import fastopt.backends; print(fastopt.backends.simd_level())", FASTOPT_SIMD=""
     ).splitlines()
     assert served in LEVELS

@@ -58,9 +58,9 @@ def serve() -> None:
     """One library's side: a case is named on a line, then each empty line asks for one call."""
     import torch
 
-    import fastopt.ops
+    import fastopt.backends
 
-    assert fastopt.ops.CPU_LIBRARY is not None, fastopt.ops.CPU_LIBRARY_ERROR
+    assert fastopt.backends.CPU_LIBRARY is not None, fastopt.backends.CPU_LIBRARY_ERROR
     torch.set_num_threads(1)
     cases = dict(large_cases())
     for line in sys.stdin:

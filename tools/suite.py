@@ -46,7 +46,7 @@ VALUES = ("tests/test_cross_entropy.py", "tests/test_sgd.py")
 
 def levels() -> list[str]:
     """The SIMD levels of this CPU, the best first."""
-    ask = "import fastopt.ops; print(fastopt.ops.simd_level())"
+    ask = "import fastopt.backends; print(fastopt.backends.simd_level())"
     command = [sys.executable, "-c", ask]
     best = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     every = ["avx512", "avx2", "baseline"]

@@ -38,7 +38,7 @@ Level active_level() {
 
 }  // namespace fastopt
 
-// For fastopt/ops.py, which finds it in the file: loading the library would register its kernels.
+// For fastopt/backends.py, which finds it in the file: loading the library would register its kernels.
 extern "C" {
 __attribute__((visibility("default"))) extern const char fastopt_version[] =
     "fastopt_version=" FASTOPT_VERSION;

@@ -1,9 +1,9 @@
-// What the CUDA library as a whole knows of itself. For fastopt/ops.py, through ctypes.
+// What the CUDA library as a whole knows of itself. For fastopt/backends.py, through ctypes.
 #include <initializer_list>
 
 #include "cuda/library.h"
 
-// For fastopt/ops.py, which finds it in the file: loading the library would register its kernels.
+// For fastopt/backends.py, which finds it in the file: loading the library would register its kernels.
 extern "C" {
 __attribute__((visibility("default"))) extern const char fastopt_version[] =
     "fastopt_version=" FASTOPT_VERSION;
