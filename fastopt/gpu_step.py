@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from fastopt import backends
+from fastopt import backends, layouts
 from fastopt.sgd_gather import (
     GROUP_WORDS,
     LAYOUT,
@@ -165,17 +165,12 @@ def local(tensor: Any) -> Tensor | None:
 
 def _is_served(param: Tensor) -> bool:
     """Dense memory in some order of the dimensions, of a dtype that the kernels know."""
-    if param.layout is not torch.strided or param.dtype not in _ELEMENTS or not _has_memory(param):
-        return False
-    if param.is_contiguous():
-        return True
-    inner = 1
-    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
-        if size != 1:
-            if stride != inner:
-                return False
-            inner *= size
-    return True
+    return (
+        param.layout is torch.strided
+        and param.dtype in _ELEMENTS
+        and _has_memory(param)
+        and layouts.is_dense(param)
+    )
 
 
 def _has_memory(tensor: Tensor) -> bool:

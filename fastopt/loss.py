@@ -22,7 +22,7 @@ from torch.nn import _reduction
 from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
-from fastopt import backends, ops, reference
+from fastopt import backends, layouts, ops, reference
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -235,7 +235,7 @@ def _serves(
     shape, target_shape = logits.shape, target.shape
     if not shape:
         return False
-    classes = shape[0 if len(shape) == 1 else 1]
+    classes = shape[layouts.class_dim(shape)]
     if compiling:
         if not _COMPILES_GRADIENTS and torch.is_grad_enabled() and logits.requires_grad:
             return False
@@ -247,7 +247,7 @@ def _serves(
     if cuda and (len(shape) == 1 or shape[1] > _MAX_CLASSES_ON_GPU):
         return False
     if target_dtype is torch.int64:
-        if not _same(target_shape, shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]):
+        if not _same(target_shape, layouts.row_shape(shape)):
             return False
     elif target_dtype in _DTYPES:
         if target.requires_grad or ignore_index >= 0 or not _same(target_shape, shape):
@@ -298,7 +298,7 @@ def _cross_entropy(
     if target.dtype is not torch.int64:
         loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target))
     elif backends.DEBUG and logits.is_cuda:
-        _check_labels(target, logits.shape[0 if logits.dim() == 1 else 1], ignore_index)
+        _check_labels(target, logits.shape[layouts.class_dim(logits.shape)], ignore_index)
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()
     options = (ignore_index, label_smoothing, _REDUCTIONS[reduction], loss_dtype)
@@ -319,7 +319,7 @@ def _largest_mass(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tens
     if weight is not None:  # an infinite one makes inf and NaN, or has no row
         largest = torch.where(weight.isfinite(), weight.abs(), 0).amax()
     if target.dtype is not torch.int64:
-        dim = 0 if target.dim() == 1 else 1
+        dim = layouts.class_dim(target.shape)
         sums = torch.linalg.vector_norm(target, 1, dim, dtype=torch.float32)
         largest_row = sums.amax().clamp(min=1)  # smoothing adds up to 1
         largest = largest_row if largest is None else largest * largest_row
@@ -437,7 +437,7 @@ def _differentiable(
     that of g.
     """
     ignore_index, label_smoothing, reduction, _ = options
-    dim = 0 if grad.dim() == 1 else 1
+    dim = layouts.class_dim(grad.shape)
     g = grad.to(torch.float64 if grad.dtype is torch.float64 else torch.float32)
     if unit is not None:
         # The derivative of g, not of grad: float16 could not hold that, a unit smaller. Only this
@@ -468,7 +468,7 @@ def _differentiable(
 def _mend_true_class(softmax_mass: Tensor, total: Tensor, label: Tensor) -> Tensor:
     """Of half precision: where the true class is improbable its a p - q is nearly -q, and rounded so
     that the sum with q has lost its digits. What the other classes leave of `total` has more."""
-    dim = 0 if softmax_mass.dim() == 1 else 1
+    dim = layouts.class_dim(softmax_mass.shape)
     true = softmax_mass.gather(dim, label)
     rest = total - (softmax_mass.sum(dim, keepdim=True) - true)
     return softmax_mass.scatter(dim, label, torch.where(2 * true.abs() < total.abs(), rest, true))
@@ -483,12 +483,10 @@ def _mass(
     reduction: int,
 ) -> Tensor:
     """q of every class, over what the mean divides by."""
-    dim = 0 if like.dim() == 1 else 1
+    dim = layouts.class_dim(like.shape)
     classes = like.shape[dim]
     smoothing = label_smoothing if label_smoothing > 0 else 0.0
-    w = like.new_ones(())
-    if weight is not None:
-        w = weight.to(like.dtype).reshape([-1 if i == dim else 1 for i in range(like.dim())])
+    w = layouts.along_classes(weight, like)
     if live is None:
         mass = w * ((1 - smoothing) * target.to(like.dtype) + smoothing / classes)
         return mass / (like.numel() // classes) if reduction == 1 else mass

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt import backends, reference
+from fastopt import backends, layouts, reference
 
 # SymInt: torch.compile would compile anew for every other int.
 _OPTIONS = "Tensor? weight, SymInt ignore_index, float label_smoothing, int reduction"
@@ -70,8 +70,8 @@ if backends.GPU_FAMILY == "triton":
 
 
 def _empty_loss(logits: Tensor, reduction: int, loss_dtype: torch.dtype) -> Tensor:
-    rows = logits.shape[:0] if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
-    return logits.new_empty(rows if reduction == 0 else (), dtype=loss_dtype)
+    shape = layouts.row_shape(logits.shape) if reduction == 0 else ()
+    return logits.new_empty(shape, dtype=loss_dtype)
 
 
 @torch.library.register_fake("fastopt::cross_entropy_forward", lib=library)
@@ -85,7 +85,7 @@ def _(
 ):
     loss = _empty_loss(logits, reduction, loss_dtype)
     unit = logits.new_empty((), dtype=torch.float32)
-    return loss, reference.empty_gradient(logits), unit
+    return loss, layouts.empty_gradient(logits), unit
 
 
 @torch.library.register_fake("fastopt::cross_entropy_scale_", lib=library)

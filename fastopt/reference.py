@@ -6,11 +6,12 @@ those of csrc/rules/softmax.h, with q the target mass, a = sum_c q_c, m = max_c 
     loss = a log(sum_c exp(x_c - m)) - sum_c q_c (x_c - m)      dloss/dx_c = a softmax(x)_c - q_c
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastopt import layouts
 
 
 class _Problem(NamedTuple):
@@ -29,13 +30,12 @@ def _problem(
     ignore_index: int,
     label_smoothing: float,
 ) -> _Problem:
-    dim = min(logits.dim() - 1, 1)
+    dim = layouts.class_dim(logits.shape)
     classes = logits.shape[dim]
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     smoothing = label_smoothing if label_smoothing > 0 else 0.0  # as torch: NaN is off
     uniform = smoothing / max(classes, 1)
-    w = x.new_ones(classes) if weight is None else weight
-    w = w.reshape([-1 if i == dim else 1 for i in range(x.dim())])
+    w = layouts.along_classes(weight, x)
     everything = torch.ones((), dtype=torch.bool, device=x.device)
     if target.is_floating_point():
         q = w * ((1 - smoothing) * target.to(x.dtype) + uniform)
@@ -99,7 +99,7 @@ def cross_entropy_forward_backward(
         unit = torch.where(waits, upstream / scale, 1.0).to(torch.float32)
         upstream = torch.where(waits, scale, upstream)
     grad = upstream * (p.q.sum(p.dim, keepdim=True) * p.x.softmax(p.dim) - p.q)
-    return loss, empty_gradient(logits).copy_(torch.where(p.live, grad, 0)), unit
+    return loss, layouts.empty_gradient(logits).copy_(torch.where(p.live, grad, 0)), unit
 
 
 def half_gradient_scale(largest: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def cross_entropy_scale_(
     ignore_index: int,
     smoothed: bool,
 ) -> None:
-    dim = min(grad_logits.dim() - 1, 1)
+    dim = layouts.class_dim(grad_logits.shape)
     odd = factor - factor  # 0, or NaN
     labels = not target.is_floating_point()
     hard = labels and not smoothed
@@ -144,19 +144,3 @@ def _divisor(total_weight: Tensor, label_smoothing: float) -> Tensor:
     """What the mean divides by: weights that add up to 0 make label smoothing's part NaN."""
     nothing = (total_weight == 0) & (label_smoothing > 0)
     return torch.where(nothing, torch.nan, total_weight)
-
-
-def empty_gradient(like: Tensor) -> Tensor:
-    """Uninitialised; in the layout of `like` where that is dense and the dimensions behind the
-    classes step through memory as one, else contiguous.
-    """
-    grad = torch.empty_like(like)
-    if grad.stride() == like.stride() and _positions_are_even(like):
-        return grad
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def _positions_are_even(x: Tensor) -> bool:
-    positions = [(s, step) for s, step in zip(x.shape, x.stride(), strict=True)][2:]
-    positions = [(size, step) for size, step in positions if size != 1]
-    return all(outer == size * step for (_, outer), (size, step) in pairwise(positions))

@@ -42,7 +42,7 @@ from cross_entropy_cases import (
     make_target,
     offset,
 )
-from fastopt import ops, reference
+from fastopt import layouts, ops, reference
 from fastopt.loss import _largest_mass
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ class Guarded:
     MARGIN, PATTERN = 64, 0xA5
 
     def __init__(self, like: Tensor):
-        layout = reference.empty_gradient(like)
+        layout = layouts.empty_gradient(like)
         strides = zip(layout.shape, layout.stride(), strict=True)
         last = sum((size - 1) * stride for size, stride in strides)
         self.bytes = (last + 1 if layout.numel() else 0) * layout.element_size()
@@ -219,7 +219,7 @@ class Emulation:
             **options,
             largest_mass=largest_mass,
         )
-        assert own.stride() == reference.empty_gradient(logits).stride()
+        assert own.stride() == layouts.empty_gradient(logits).stride()
         plain = grad.check()
         if logits.dtype == torch.float16:
             plain = (plain.float() * unit).half()
@@ -479,8 +479,7 @@ def test_layouts(emulation: ctypes.CDLL, layout: Callable[[Tensor], Tensor]) -> 
 @pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
 def test_layouts_with_positions(emulation: ctypes.CDLL, layout: Callable[[Tensor], Tensor]) -> None:
     logits = layout(make_logits((2, 19, 3, 5)))
-    if not reference._positions_are_even(logits):
-        logits = logits.contiguous()  # as the launcher does
+    logits, _ = layouts.viewed(logits)  # as the launcher does
     check_indices(emulation, H200, logits, EVERYTHING)
     long = layout(make_logits((2, 137, 1, 5)))
     check_indices(emulation, H200, long, OPTIONS["plain"])

@@ -41,7 +41,7 @@ from cross_entropy_cases import (
     make_weight,
     random_upstream,
 )
-from fastopt import reference
+from fastopt import layouts, reference
 from fastopt.kernels import cross_entropy as kernels
 from triton_support import (
     GFX942,
@@ -200,7 +200,7 @@ class TestInterpreted:
 
         expected = [run(near, target) for target in (labels, masses)]
         monkeypatch.setattr(
-            reference,
+            layouts,
             "empty_gradient",
             lambda like: cases.far_apart(torch.full_like(like, float("nan")), strides),
         )
@@ -370,8 +370,8 @@ class TestInterpreted:
             outputs.append((buffer, output))
             return output
 
-        original = reference.empty_gradient
-        monkeypatch.setattr(reference, "empty_gradient", lambda like: inside(original(like)))
+        original = layouts.empty_gradient
+        monkeypatch.setattr(layouts, "empty_gradient", lambda like: inside(original(like)))
         rows_tensor = kernels._Call.rows_tensor
         monkeypatch.setattr(
             kernels._Call, "rows_tensor", lambda call, dtype: inside(rows_tensor(call, dtype))
@@ -574,7 +574,7 @@ class TestLaunchers:
             _, grad, _ = kernels.cross_entropy_forward_backward(
                 **arguments, loss_dtype=torch.float32
             )
-        assert grad.stride() == reference.empty_gradient(logits).stride()
+        assert grad.stride() == layouts.empty_gradient(logits).stride()
 
 
 # -- the plan ---------------------------------------------------------------------------------------
@@ -609,7 +609,7 @@ class TestPlan:
         assert len(found) <= 24
 
     def test_unit_divides_what_vectors_step_over(self) -> None:
-        strides = kernels._Strides
+        strides = layouts.Strides
         contiguous = [strides(0, 1, 1000), strides(0, 0, 0), strides(0, 1, 1000)]
         assert kernels._unit(1000, 77, contiguous, 1) == 8
         assert kernels._unit(50257, 77, [strides(0, 1, 50257)], 1) == 1
@@ -619,7 +619,7 @@ class TestPlan:
         assert kernels._unit(21, 49, [strides(21 * 49, 49, 1)], 0) == 1
 
     def test_edges_only_where_rows_share_their_place_in_a_word(self) -> None:
-        strides = kernels._Strides
+        strides = layouts.Strides
         odd, padded = strides(0, 1, 50257), strides(0, 1, 50264)
         assert kernels._edge(50257, [odd, odd], 1, itemsize=2, unit=1) == 8
         assert kernels._edge(50257, [odd, odd], 1, itemsize=4, unit=1) == 4

@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastopt import reference
+from fastopt import layouts, reference
+from fastopt.layouts import Strides, viewed
 
 # -- what blocks share ------------------------------------------------------------------------------
 # AXIS is the axis of the classes in a block; rows have the other one.
@@ -562,12 +563,6 @@ def _scale_kernel(
 # -- plan -------------------------------------------------------------------------------------------
 
 
-class _Strides(NamedTuple):
-    batch: int
-    cls: int
-    position: int
-
-
 class Config(NamedTuple):
     rows: int  # of a block
     block: int  # classes of a block
@@ -620,7 +615,7 @@ def _warps(elements: int, per_thread: int) -> int:
     return min(max(elements // (32 * per_thread), 4), 16)
 
 
-def _unit(classes: int, positions: int, strides: list[_Strides], class_axis: int) -> int:
+def _unit(classes: int, positions: int, strides: list[Strides], class_axis: int) -> int:
     """Elements that always stand or fall together, up to 16 bytes of half precision: the largest
     power of two that divides every step across the lanes' axis and the end of that axis.
     """
@@ -632,7 +627,7 @@ def _unit(classes: int, positions: int, strides: list[_Strides], class_axis: int
 _MIN_EDGE_CLASSES = 256  # where edges of up to 16 elements are little beside the row
 
 
-def _edge(classes: int, strides: list[_Strides], class_axis: int, itemsize: int, unit: int) -> int:
+def _edge(classes: int, strides: list[Strides], class_axis: int, itemsize: int, unit: int) -> int:
     """Elements of the 16-byte words that rows begin and end between, in the same place of a word
     in every tensor; 1 where rows are whole words anyway, or cannot be read as such.
     """
@@ -664,8 +659,8 @@ class _Call:
         _check(not label_smoothing > 1.0, "label_smoothing must be at most 1")
         self.shape = logits.shape
         self.accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.row_shape = self.shape[:0] if logits.dim() == 1 else self.shape[:1] + self.shape[2:]
-        self.classes = self.shape[min(logits.dim() - 1, 1)]
+        self.row_shape = layouts.row_shape(self.shape)
+        self.classes = self.shape[layouts.class_dim(self.shape)]
         self.positions = self.shape[2:].numel()
         self.rows = self.row_shape.numel()
         _check(self.classes <= 2**30, "logits may have at most 2^30 classes")
@@ -687,12 +682,12 @@ class _Call:
             )
             _check(weight.device == logits.device, "weight must be on the device of logits")
             weight = weight.contiguous()
-        self.logits, self.logits_strides = _viewed(logits)
-        self.target_strides = _Strides(0, 0, 0)
+        self.logits, self.logits_strides = viewed(logits)
+        self.target_strides = Strides(0, 0, 0)
         if self.labels:
             self.target = target.contiguous()
         else:
-            self.target, self.target_strides = _viewed(target)
+            self.target, self.target_strides = viewed(target)
         self.weight = weight
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -709,7 +704,7 @@ class _Call:
     def plan(self, grad: Tensor | None) -> tuple[Config, int, int, dict[str, object]]:
         """The configuration, `_edge`, the number of programs, and the arguments that follow."""
         strides = [self.logits_strides, self.target_strides]
-        strides.append(_Strides(0, 0, 0) if grad is None else _viewed(grad)[1])
+        strides.append(Strides(0, 0, 0) if grad is None else viewed(grad)[1])
         positions = self.positions
         if positions == 1 or all(s.batch == s.position * positions for s in strides):
             # Rows evenly spaced in every tensor are the positions of one batch entry.
@@ -806,16 +801,6 @@ def _check(ok: bool, what: str) -> None:
         raise RuntimeError(f"fastopt::cross_entropy: {what}")
 
 
-def _viewed(x: Tensor) -> tuple[Tensor, _Strides]:
-    """As (batch, class, position): a copy where d1, ... do not step through memory as one."""
-    if x.dim() == 1:
-        return x, _Strides(0, x.stride(0), 0)
-    if not reference._positions_are_even(x):
-        x = x.contiguous()
-    wide = [step for size, step in zip(x.shape[2:], x.stride()[2:], strict=True) if size != 1]
-    return x, _Strides(x.stride(0), x.stride(1), wide[-1] if wide else 0)
-
-
 def cross_entropy_forward(
     logits: Tensor,  # (C), (N, C) or (N, C, d1, ...)
     target: Tensor,  # int64 (N, d1, ...), or floating point like logits
@@ -848,7 +833,7 @@ def cross_entropy_forward_backward(
         return reference.cross_entropy_forward_backward(
             logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
         )
-    grad_logits = reference.empty_gradient(logits)
+    grad_logits = layouts.empty_gradient(logits)
     unit = call.scalar(torch.float32)
     scale = None
     if logits.dtype == torch.float16:
@@ -919,7 +904,7 @@ def cross_entropy_scale_(
     if count == 0:
         return
     _check(
-        _is_dense(grad_logits) and call.logits is grad_logits,
+        layouts.is_dense(grad_logits) and call.logits is grad_logits,
         "grad_logits must be dense, in a layout of the ops' own",
     )
     with torch.cuda.device_of(grad_logits):
@@ -938,14 +923,3 @@ def cross_entropy_scale_(
             num_warps=8,
             enable_fp_fusion=False,
         )
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether x covers one run of memory, each element once."""
-    step = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1:
-            if stride != step:
-                return False
-            step *= size
-    return True
