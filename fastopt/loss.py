@@ -23,6 +23,7 @@ from torch.overrides import _get_current_function_mode_stack, has_torch_function
 from torch.utils._device import DeviceContext
 
 from fastopt import backends, layouts, ops, reference
+from fastopt.options import MEAN, NONE, REDUCTIONS, Options
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -70,7 +71,6 @@ _MIN_LOGITS = 1 if backends.ALWAYS else _MIN_LOGITS_OF_FEW_CLASSES
 
 _ON_CPU = backends.CPU_LIBRARY is not None or backends.BACKEND == "reference"
 _ON_GPU = backends.GPU_FAMILY is not None or backends.BACKEND == "reference"
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
@@ -224,7 +224,7 @@ def _serves(
         or logits.layout is not torch.strided
         or target.layout is not torch.strided
         or type(reduction) is not str
-        or reduction not in _REDUCTIONS
+        or reduction not in REDUCTIONS
         or type(ignore_index) is not int
         or (not compiling and not -(2**63) <= ignore_index < 2**63)
         or type(label_smoothing) not in (float, int)
@@ -301,7 +301,8 @@ def _cross_entropy(
         _check_labels(target, logits.shape[layouts.class_dim(logits.shape)], ignore_index)
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()
-    options = (ignore_index, label_smoothing, _REDUCTIONS[reduction], loss_dtype)
+    # Options, but for the 0.5 us that names for them take.
+    options = (ignore_index, label_smoothing, REDUCTIONS[reduction], loss_dtype)
     if not torch.is_grad_enabled() or not logits.requires_grad:
         return ops.cross_entropy_forward(logits, target, weight, *options)
     largest = _largest_mass(logits, target, weight)
@@ -364,20 +365,20 @@ class _Loss(torch.autograd.Function):
         if grad_loss is None and grad_grad is None:
             return None, None, None, None, None
         grad, target, weight, unit = ctx.saved_tensors
-        ignore_index, label_smoothing, reduction, _ = ctx.options
+        options = Options(*ctx.options)
         if grad_grad is not None or torch.is_grad_enabled():
-            result = _differentiable(grad, target, weight, unit, ctx.options, grad_loss, grad_grad)
+            result = _differentiable(grad, target, weight, unit, options, grad_loss, grad_grad)
             return result, None, None, None, None
-        options = (unit, target, ignore_index, label_smoothing > 0, reduction)
+        scale = (unit, target, options.ignore_index, options.smoothed, options.reduction)
         if _is_plain(grad_loss):
             grad = grad.detach()
             ctx.maybe_clear_saved_tensors()  # unless the graph is kept
             # Whoever alone holds the memory may write to it: this tensor and its storage's Python
             # object. A kept graph, a saved-tensor hook or a view would be a third.
             own = _uses(grad.untyped_storage()._cdata) <= 2
-            result = _times(grad, grad_loss, *options, own)
+            result = _times(grad, grad_loss, *scale, own)
         else:
-            result = ops.cross_entropy_times(grad, grad_loss, *options)
+            result = ops.cross_entropy_times(grad, grad_loss, *scale)
         return result, None, None, None, None
 
 
@@ -401,7 +402,7 @@ def _times(
     ignore_index: int,
     smoothed: bool,
     reduction: int,
-    own: bool,
+    own: bool = False,
 ) -> Tensor:
     """grad * unit * grad_loss; in grad's memory where that is its caller's own."""
     if grad.is_cpu and reduction:
@@ -425,7 +426,7 @@ def _differentiable(
     target: Tensor,
     weight: Tensor | None,
     unit: Tensor | None,
-    options: tuple[int, float, int, torch.dtype],
+    options: Options,
     grad_loss: Tensor | None,
     grad_grad: Tensor | None,
 ) -> Tensor:
@@ -436,25 +437,24 @@ def _differentiable(
     a = sum_c M_c:  d g_c / d x_j = P_c ([c = j] - P_j / a). What arrives as the gradient of `grad` is
     that of g.
     """
-    ignore_index, label_smoothing, reduction, _ = options
     dim = layouts.class_dim(grad.shape)
     g = grad.to(torch.float64 if grad.dtype is torch.float64 else torch.float32)
     if unit is not None:
         # The derivative of g, not of grad: float16 could not hold that, a unit smaller. Only this
         # function and backward below know the output, so that it is a matter between them.
         g = (g * unit).detach() + (g - g.detach())
-    live = None if target.is_floating_point() else (target != ignore_index).unsqueeze(dim)
+    live = None if target.is_floating_point() else (target != options.ignore_index).unsqueeze(dim)
     result = g.new_zeros(())
     if grad_loss is not None:
         upstream = grad_loss.to(g.dtype)
-        if reduction == 0:
+        if options.reduction == NONE:
             upstream = upstream.unsqueeze(dim)
         result = g * upstream
         if live is not None:
             result = torch.where(live, result, 0)
     if grad_grad is not None:
         v = grad_grad.to(g.dtype)
-        mass = _mass(g, target, weight, live, label_smoothing, reduction)
+        mass = _mass(g, target, weight, live, options)
         total = mass.sum(dim, keepdim=True)
         softmax_mass = g + mass
         if grad.dtype in _HALF and live is not None:
@@ -479,59 +479,39 @@ def _mass(
     target: Tensor,
     weight: Tensor | None,
     live: Tensor | None,
-    label_smoothing: float,
-    reduction: int,
+    options: Options,
 ) -> Tensor:
     """q of every class, over what the mean divides by."""
     dim = layouts.class_dim(like.shape)
     classes = like.shape[dim]
-    smoothing = label_smoothing if label_smoothing > 0 else 0.0
+    smoothing = options.smoothing
     w = layouts.along_classes(weight, like)
     if live is None:
         mass = w * ((1 - smoothing) * target.to(like.dtype) + smoothing / classes)
-        return mass / (like.numel() // classes) if reduction == 1 else mass
+        return mass / (like.numel() // classes) if options.reduction == MEAN else mass
     label = reference.labels_in_range(target.unsqueeze(dim), ~live, classes)
     counts = live & (target.unsqueeze(dim) == label)  # not where a label is out of range
     one_hot = torch.zeros_like(like).scatter(dim, label, counts.to(like.dtype))
     # Elsewhere 0 also where the weight is infinite, or no row is left to divide by.
-    has_mass = live if smoothing > 0 else one_hot > 0
+    has_mass = live if options.smoothed else one_hot > 0
     mass = w * ((1 - smoothing) * one_hot + smoothing / classes)
-    if reduction == 1:
+    if options.reduction == MEAN:
         mass = mass / torch.where(one_hot > 0, w, 0).sum()
     return torch.where(has_mass, mass, 0)
 
 
 def _op_autograd(
-    keyset: Any,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    loss_dtype: torch.dtype,
+    options: Options,
     largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = (ignore_index, label_smoothing, reduction, loss_dtype)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _Loss.apply(logits, target, weight, options, largest)
     with _below_autograd():
         return ops.cross_entropy_forward_backward(logits, target, weight, *options, largest)
 
 
-ops.library.impl("cross_entropy_forward_backward", _op_autograd, "Autograd", with_keyset=True)
-
-
-def _times_op(
-    grad: Tensor,
-    grad_loss: Tensor,
-    unit: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    smoothed: bool,
-    reduction: int,
-) -> Tensor:
-    return _times(grad, grad_loss, unit, target, ignore_index, smoothed, reduction, own=False)
-
-
-ops.library.impl("cross_entropy_times", _times_op, "CompositeExplicitAutograd")
+ops.register("cross_entropy_forward_backward", "Autograd", _op_autograd)
+ops.library.impl("cross_entropy_times", _times, "CompositeExplicitAutograd")

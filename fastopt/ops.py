@@ -18,23 +18,20 @@ import torch
 from torch import Tensor
 
 from fastopt import backends, layouts, reference
-
-# SymInt: torch.compile would compile anew for every other int.
-_OPTIONS = "Tensor? weight, SymInt ignore_index, float label_smoothing, int reduction"
+from fastopt.options import NONE, OPTIONS_SCHEMA, Options
 
 # logits: (C), (N, C) or (N, C, d1, ...). target: int64 class indices (N, d1, ...), or probabilities
 # shaped like logits. weight: (C), in the accumulation type (float32; float64 for float64 logits).
-# reduction: 0 none, 1 mean, 2 sum.
+_ARGUMENTS = f"Tensor logits, Tensor target, Tensor? weight, {OPTIONS_SCHEMA}"
+
 SCHEMAS = {
-    "cross_entropy_forward": f"(Tensor logits, Tensor target, {_OPTIONS}, ScalarType loss_dtype)"
-    " -> Tensor loss",
+    "cross_entropy_forward": f"({_ARGUMENTS}) -> Tensor loss",
     # grad_logits * unit is the gradient for an upstream gradient of 1 (with reduction none, of each
     # row's loss). unit: 0-dim, float32; 1 but for float16 logits, whose gradient for 1 would lose most
     # of its elements: it waits for the upstream gradient as multiples of a power of two, times what the
     # mean divides by. largest_mass: 0-dim, float32, what no row's sum of |target mass| exceeds (1 where
     # it is not given); of float16 logits only.
-    "cross_entropy_forward_backward": f"(Tensor logits, Tensor target, {_OPTIONS},"
-    " ScalarType loss_dtype, Tensor? largest_mass=None)"
+    "cross_entropy_forward_backward": f"({_ARGUMENTS}, Tensor? largest_mass=None)"
     " -> (Tensor loss, Tensor grad_logits, Tensor unit)",
     # In place, by an upstream gradient that stays on the device: one, where 1 costs nothing noticeable,
     # or (on CPU) one for each row. Where it is inf or NaN, ignored rows are 0 and what has mass is NaN:
@@ -46,7 +43,6 @@ SCHEMAS = {
 library = torch.library.Library("fastopt", "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema)
-    torch.library.impl(f"fastopt::{_name}", "default", getattr(reference, _name), lib=library)
 # What backward makes of a saved gradient (loss.py), for compilers: opaque, as torch's takes the buffers
 # of a graph that is kept for its own and writes over them in place of a product.
 library.define(
@@ -55,7 +51,23 @@ library.define(
 )
 
 
-def _triton_launcher(name: str) -> Callable[..., Any]:
+def flat(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """An op's kernel that takes Options, as the dispatcher calls it: with one argument each."""
+    if name not in ("cross_entropy_forward", "cross_entropy_forward_backward"):
+        return kernel
+
+    def call(logits: Tensor, target: Tensor, weight: Tensor | None, *others: Any) -> Any:
+        count = len(Options._fields)
+        return kernel(logits, target, weight, Options(*others[:count]), *others[count:])
+
+    return call
+
+
+def register(name: str, key: str, kernel: Callable[..., Any]) -> None:
+    torch.library.impl(f"fastopt::{name}", key, flat(name, kernel), lib=library)
+
+
+def triton_launcher(name: str) -> Callable[..., Any]:
     """Triton is imported by the first call: it takes a second, and may be broken."""
 
     def launch(*arguments: Any) -> Any:
@@ -64,37 +76,41 @@ def _triton_launcher(name: str) -> Callable[..., Any]:
     return launch
 
 
-if backends.GPU_FAMILY == "triton":
-    for _name in SCHEMAS:
-        torch.library.impl(f"fastopt::{_name}", "CUDA", _triton_launcher(_name), lib=library)
+for _name in SCHEMAS:
+    register(_name, "default", getattr(reference, _name))
+    if backends.GPU_FAMILY == "triton":
+        register(_name, "CUDA", triton_launcher(_name))
 
 
-def _empty_loss(logits: Tensor, reduction: int, loss_dtype: torch.dtype) -> Tensor:
-    shape = layouts.row_shape(logits.shape) if reduction == 0 else ()
-    return logits.new_empty(shape, dtype=loss_dtype)
+def _fake(name: str) -> Callable[..., Any]:
+    return lambda shapes: torch.library.register_fake(
+        f"fastopt::{name}", flat(name, shapes), lib=library
+    )
 
 
-@torch.library.register_fake("fastopt::cross_entropy_forward", lib=library)
-def _(logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype):
-    return _empty_loss(logits, reduction, loss_dtype)
+def _empty_loss(logits: Tensor, options: Options) -> Tensor:
+    shape = layouts.row_shape(logits.shape) if options.reduction == NONE else ()
+    return logits.new_empty(shape, dtype=options.loss_dtype)
 
 
-@torch.library.register_fake("fastopt::cross_entropy_forward_backward", lib=library)
-def _(
-    logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype, largest_mass=None
-):
-    loss = _empty_loss(logits, reduction, loss_dtype)
+@_fake("cross_entropy_forward")
+def _(logits, target, weight, options):
+    return _empty_loss(logits, options)
+
+
+@_fake("cross_entropy_forward_backward")
+def _(logits, target, weight, options, largest_mass=None):
     unit = logits.new_empty((), dtype=torch.float32)
-    return loss, layouts.empty_gradient(logits), unit
+    return _empty_loss(logits, options), layouts.empty_gradient(logits), unit
 
 
-@torch.library.register_fake("fastopt::cross_entropy_scale_", lib=library)
+@_fake("cross_entropy_scale_")
 def _(grad_logits, *others):
     return None
 
 
-@torch.library.register_fake("fastopt::cross_entropy_times", lib=library)
-def _(grad_logits, grad_loss, *others):
+@_fake("cross_entropy_times")
+def _(grad_logits, *others):
     return torch.empty_like(grad_logits)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastopt import layouts
+from fastopt.options import MEAN, NONE, Options
 
 
 class _Problem(NamedTuple):
@@ -23,17 +24,11 @@ class _Problem(NamedTuple):
     dim: int  # of the classes
 
 
-def _problem(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> _Problem:
+def _problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> _Problem:
     dim = layouts.class_dim(logits.shape)
     classes = logits.shape[dim]
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    smoothing = label_smoothing if label_smoothing > 0 else 0.0  # as torch: NaN is off
+    ignore_index, smoothing = options.ignore_index, options.smoothing
     uniform = smoothing / max(classes, 1)
     w = layouts.along_classes(weight, x)
     everything = torch.ones((), dtype=torch.bool, device=x.device)
@@ -48,7 +43,7 @@ def _problem(
     label = target.unsqueeze(dim)
     live = label != ignore_index
     one_hot = torch.zeros_like(x).scatter_(dim, torch.where(live, label, 0), 1.0) * live
-    counted = live if smoothing > 0 else one_hot > 0
+    counted = live if options.smoothed else one_hot > 0
     # An infinite weight of a class without mass is no 0 * inf.
     q = torch.where(counted, w * ((1 - smoothing) * one_hot + uniform), 0)
     return _Problem(x, q, counted, live, torch.where(one_hot > 0, w, 0).sum(), dim)
@@ -58,40 +53,32 @@ def cross_entropy_forward(
     logits: Tensor,  # (C), (N, C) or (N, C, d1, ...)
     target: Tensor,  # int64 (N, d1, ...), or floating point like logits
     weight: Tensor | None,  # (C)
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    loss_dtype: torch.dtype,
+    options: Options,
 ) -> Tensor:
-    p = _problem(logits, target, weight, ignore_index, label_smoothing)
+    p = _problem(logits, target, weight, options)
     # Class by class: infinite masses, or such as are too large to add up, make no inf - inf.
     terms = torch.where(p.counted, p.q * -p.x.log_softmax(p.dim), 0)
     loss = terms.sum(p.dim, keepdim=True)
     loss = torch.where(p.live, loss, 0).squeeze(p.dim)
-    if reduction != 0:
+    if options.reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
-    if reduction == 1:
-        loss = loss / _divisor(p.total_weight, label_smoothing)
-    return loss.to(loss_dtype)
+    if options.reduction == MEAN:
+        loss = loss / _divisor(p.total_weight, options)
+    return loss.to(options.loss_dtype)
 
 
 def cross_entropy_forward_backward(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    loss_dtype: torch.dtype,
+    options: Options,
     largest_mass: Tensor | None = None,  # 0-dim
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = _problem(logits, target, weight, ignore_index, label_smoothing)
-    loss = cross_entropy_forward(
-        logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
-    )
+    p = _problem(logits, target, weight, options)
+    loss = cross_entropy_forward(logits, target, weight, options)
     upstream = p.x.new_ones(())
-    if reduction == 1:
-        upstream = 1 / _divisor(p.total_weight, label_smoothing)
+    if options.reduction == MEAN:
+        upstream = 1 / _divisor(p.total_weight, options)
     unit = p.x.new_ones((), dtype=torch.float32)
     if logits.dtype == torch.float16:
         scale = half_gradient_scale(unit if largest_mass is None else largest_mass)
@@ -140,7 +127,7 @@ def labels_in_range(target: Tensor, ignored: Tensor, classes: int) -> Tensor:
     return torch.where(ignored, 0, target).clamp(0, classes - 1)
 
 
-def _divisor(total_weight: Tensor, label_smoothing: float) -> Tensor:
+def _divisor(total_weight: Tensor, options: Options) -> Tensor:
     """What the mean divides by: weights that add up to 0 make label smoothing's part NaN."""
-    nothing = (total_weight == 0) & (label_smoothing > 0)
+    nothing = (total_weight == 0) & options.smoothed
     return torch.where(nothing, torch.nan, total_weight)

@@ -28,6 +28,7 @@ from cross_entropy_cases import (
     make_weight,
 )
 from fastopt import reference
+from fastopt.options import Options
 
 OPS = ["cross_entropy_forward", "cross_entropy_forward_backward"]
 REDUCTION_NUMBERS = {"none": 0, "mean": 1, "sum": 2}
@@ -134,6 +135,12 @@ def test_these_are_all_the_ops() -> None:
     assert registered == {*fastopt.ops.SCHEMAS, "cross_entropy_times"}
     for op in fastopt.ops.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastopt::{op}", "CPU")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_options_follow_the_tensors_in_their_order(op: str) -> None:
+    names = [argument.name for argument in getattr(torch.ops.fastopt, op).default._schema.arguments]
+    assert names[3 : 3 + len(Options._fields)] == list(Options._fields)
 
 
 @pytest.mark.parametrize("value", [0.25, math.inf, -math.inf, math.nan])

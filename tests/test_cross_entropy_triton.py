@@ -43,6 +43,7 @@ from cross_entropy_cases import (
 )
 from fastopt import layouts, reference
 from fastopt.kernels import cross_entropy as kernels
+from fastopt.options import MEAN, NONE, SUM, Options
 from triton_support import (
     GFX942,
     NVIDIA_TARGETS,
@@ -53,7 +54,6 @@ from triton_support import (
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NONE, MEAN, SUM = 0, 1, 2
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -107,7 +107,8 @@ class TestInterpreted:
     def _triton_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Under the face as on a GPU, where they are registered for the dispatcher."""
         for name in ("cross_entropy_forward", "cross_entropy_forward_backward"):
-            monkeypatch.setattr(fastopt.ops, name, getattr(kernels, name))
+            launcher = fastopt.ops.flat(name, getattr(kernels, name))
+            monkeypatch.setattr(fastopt.ops, name, launcher)
 
     @each_dtype
     @pytest.mark.parametrize("shape", BRANCHES.values(), ids=BRANCHES)
@@ -190,12 +191,12 @@ class TestInterpreted:
         far, far_masses = (cases.far_apart(x, strides) for x in (near, masses))
 
         def run(logits: Tensor, target: Tensor) -> list[Tensor]:
-            arguments = (logits, target, make_weight(shape[1], logits.dtype), -100, 0.1)
-            results = [kernels.cross_entropy_forward(*arguments, NONE, logits.dtype)]
+            arguments = (logits, target, make_weight(shape[1], logits.dtype))
+            options = Options(-100, 0.1, NONE, logits.dtype)
+            results = [kernels.cross_entropy_forward(*arguments, options)]
             for reduction in (NONE, MEAN):
-                results += kernels.cross_entropy_forward_backward(
-                    *arguments, reduction, logits.dtype
-                )
+                options = options._replace(reduction=reduction)
+                results += kernels.cross_entropy_forward_backward(*arguments, options)
             return results
 
         expected = [run(near, target) for target in (labels, masses)]
@@ -318,16 +319,14 @@ class TestInterpreted:
             logits = make_logits(shape)
             target = make_target(logits)
             weight = make_weight(shape[1], torch.float32)
-            for keywords in ({}, {"weight": weight, "label_smoothing": 0.1}):
-                _, grad, _ = kernels.cross_entropy_forward_backward(
-                    logits, target, keywords.get("weight"), -100,
-                    keywords.get("label_smoothing", 0.0), SUM, torch.float32,
-                )  # fmt: skip
+            for w, smoothing in [(None, 0.0), (weight, 0.1)]:
+                options = Options(-100, smoothing, SUM, torch.float32)
+                _, grad, _ = kernels.cross_entropy_forward_backward(logits, target, w, options)
                 sums = grad.double().sum(1)
                 # Of numbers around 1, whatever is left of them where p and q are close.
                 scale = grad.double().abs().sum(1).clamp(min=1.0)
                 eps = torch.finfo(torch.float32).eps
-                assert (sums.abs() <= 8 * eps * scale).all(), (shape, keywords)
+                assert (sums.abs() <= 8 * eps * scale).all(), (shape, smoothing)
 
     @each_dtype
     @pytest.mark.parametrize("wrong", [-1, 7, 2**40, -(2**63)])
@@ -341,11 +340,10 @@ class TestInterpreted:
                 target = make_target(logits)
                 right = target.clone()
                 target.view(-1)[3] = wrong
-                options = (weight, -100, smoothing)
-                forward = (*options, NONE, dtype)
+                options = Options(-100, smoothing, NONE, dtype)
                 run = kernels.cross_entropy_forward_backward
-                loss, grad, _ = run(logits, target, *forward)
-                expected_loss, expected, _ = run(logits, right, *forward)
+                loss, grad, _ = run(logits, target, weight, options)
+                expected_loss, expected, _ = run(logits, right, weight, options)
                 bad = (target != right).view_as(loss)
                 assert loss[bad].isnan().all()
                 assert_same_bits(loss[~bad], expected_loss[~bad])
@@ -353,9 +351,8 @@ class TestInterpreted:
                 assert grad[bad].isnan().all()
                 assert_same_bits(grad[~bad], expected[~bad])
                 for reduction in (MEAN, SUM):
-                    loss, grad, _ = kernels.cross_entropy_forward_backward(
-                        logits, target, *options, reduction, dtype
-                    )
+                    options = options._replace(reduction=reduction)
+                    loss, grad, _ = run(logits, target, weight, options)
                     assert loss.isnan() and grad[bad].isnan().all()
                     assert grad[~bad].isfinite().all()
 
@@ -391,11 +388,13 @@ class TestInterpreted:
             target, _ = OPTIONS["ignored"].apply(logits, make_target(logits))
             target.view(-1)[0] = 0
             for labels in (target, make_probabilities(logits)):
-                arguments = (logits, labels, None, -100, 0.1)
+                arguments = (logits, labels, None)
                 for reduction in (NONE, MEAN):
-                    kernels.cross_entropy_forward(*arguments, reduction, dtype)
+                    options = Options(-100, 0.1, reduction, dtype)
+                    kernels.cross_entropy_forward(*arguments, options)
                 for reduction in (NONE, SUM):
-                    kernels.cross_entropy_forward_backward(*arguments, reduction, dtype)
+                    options = Options(-100, 0.1, reduction, dtype)
+                    kernels.cross_entropy_forward_backward(*arguments, options)
             for buffer, output in guarded:
                 assert output.isfinite().all(), shape
                 assert int(buffer.isnan().sum()) == 64, shape
@@ -404,7 +403,7 @@ class TestInterpreted:
     @each_dtype
     def test_the_same_bits_every_time(self, dtype: torch.dtype) -> None:
         logits = make_logits((130, 10), dtype)
-        arguments = (logits, make_target(logits), None, -100, 0.1, MEAN, dtype)
+        arguments = (logits, make_target(logits), None, Options(-100, 0.1, MEAN, dtype))
         first = kernels.cross_entropy_forward_backward(*arguments)
         second = kernels.cross_entropy_forward_backward(*arguments)
         for ours, again in zip(first, second, strict=True):
@@ -484,16 +483,15 @@ class TestInTheInterpreter:
 # -- checks of the launchers ------------------------------------------------------------------------
 
 
-def arguments_of(logits: Tensor, target: Tensor, **changed: object) -> dict[str, object]:
-    shared: dict[str, object] = {
-        "logits": logits,
-        "target": target,
-        "weight": None,
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-        "reduction": MEAN,
-    }
-    return {**shared, **changed}
+def arguments_of(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    loss_dtype: torch.dtype = torch.float32,
+    **changed: object,
+) -> tuple[Tensor, Tensor, Tensor | None, Options]:
+    options = Options(-100, 0.0, MEAN, loss_dtype)
+    return logits, target, weight, options._replace(**changed)
 
 
 def reference_rows(logits: Tensor) -> torch.Size:
@@ -522,20 +520,20 @@ class TestLaunchers:
 
     @pytest.mark.parametrize("changed", NONSENSE.values(), ids=NONSENSE)
     def test_nonsense_is_refused_before_a_launch(self, changed: dict[str, object]) -> None:
-        arguments = arguments_of(LOGITS, TARGET) | changed
+        arguments = arguments_of(**{"logits": LOGITS, "target": TARGET} | changed)
         with recorded(kernels) as launches:
             for launcher in (
                 kernels.cross_entropy_forward,
                 kernels.cross_entropy_forward_backward,
             ):
                 with pytest.raises(RuntimeError, match="fastopt::cross_entropy: "):
-                    launcher(**arguments, loss_dtype=torch.float32)
+                    launcher(*arguments)
         assert not launches
 
     def test_other_refusals(self) -> None:
-        arguments = arguments_of(LOGITS, TARGET)
+        arguments = arguments_of(LOGITS, TARGET, loss_dtype=torch.int64)
         with pytest.raises(RuntimeError, match="the loss must be"):
-            kernels.cross_entropy_forward(**arguments, loss_dtype=torch.int64)
+            kernels.cross_entropy_forward(*arguments)
         scalar = torch.ones(())
         for grad, factor, target in [
             (torch.ones(4, 10)[:, ::2], scalar, TARGET),
@@ -555,9 +553,8 @@ class TestLaunchers:
         logits = make_logits(shape)
         arguments = arguments_of(logits, make_target(logits), reduction=number)
         with recorded(kernels) as launches:
-            arguments["loss_dtype"] = torch.float32
-            loss = kernels.cross_entropy_forward(**arguments)
-            _, grad, _ = kernels.cross_entropy_forward_backward(**arguments)
+            loss = kernels.cross_entropy_forward(*arguments)
+            _, grad, _ = kernels.cross_entropy_forward_backward(*arguments)
             kernels.cross_entropy_scale_(grad, torch.tensor(2.0), make_target(logits), -100, False)
         assert not launches
         stock = F.cross_entropy(logits, make_target(logits), reduction=reduction)
@@ -571,9 +568,7 @@ class TestLaunchers:
         logits = layout(make_logits((2, 5, 3, 4)))
         arguments = arguments_of(logits, torch.zeros(2, 3, 4, dtype=torch.int64))
         with recorded(kernels):
-            _, grad, _ = kernels.cross_entropy_forward_backward(
-                **arguments, loss_dtype=torch.float32
-            )
+            _, grad, _ = kernels.cross_entropy_forward_backward(*arguments)
         assert grad.stride() == layouts.empty_gradient(logits).stride()
 
 
@@ -653,12 +648,13 @@ def launches_of(
     arguments = arguments_of(
         logits,
         target,
+        weight if weighted else None,
+        dtype,
         reduction=reduction,
-        weight=weight if weighted else None,
         label_smoothing=label_smoothing,
     )
     with recorded(kernels) as launches:
-        getattr(kernels, f"cross_entropy_{op}")(**arguments, loss_dtype=dtype)
+        getattr(kernels, f"cross_entropy_{op}")(*arguments)
     return {launch.name: launch for launch in launches}
 
 

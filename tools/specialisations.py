@@ -46,7 +46,7 @@ class Counter:
         self.launches = 0
 
     def beside(self, name: str) -> Callable[..., Any]:
-        launcher, own = getattr(kernels, name), getattr(ops, name)
+        launcher, own = ops.flat(name, getattr(kernels, name)), getattr(ops, name)
 
         def call(*arguments: Any) -> Any:
             with recorded(kernels) as launches:

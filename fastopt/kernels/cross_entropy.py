@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastopt import layouts, reference
 from fastopt.layouts import Strides, viewed
+from fastopt.options import MEAN, NONE, REDUCTIONS, Options
 
 # -- what blocks share ------------------------------------------------------------------------------
 # AXIS is the axis of the classes in a block; rows have the other one.
@@ -641,22 +642,12 @@ def _edge(classes: int, strides: list[Strides], class_axis: int, itemsize: int, 
 # -- launchers --------------------------------------------------------------------------------------
 
 
-class _Call:
-    """The arguments that every op shares, checked, and what the kernels take of them."""
+class _Tensors:
+    """Logits, or their gradient, and targets: checked, and as the kernels see them."""
 
-    def __init__(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: int,
-    ) -> None:
+    def __init__(self, logits: Tensor, target: Tensor) -> None:
         _check(logits.dtype in _DTYPES, "logits must be float32, float64, bfloat16 or float16")
         _check(logits.dim() >= 1, "logits must have a class dimension")
-        _check(reduction in (0, 1, 2), "reduction must be 0, 1 or 2")
-        _check(not label_smoothing > 1.0, "label_smoothing must be at most 1")
         self.shape = logits.shape
         self.accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.row_shape = layouts.row_shape(self.shape)
@@ -674,6 +665,26 @@ class _Call:
                 "probabilities must have the type of logits, or float32 with half precision logits",
             )
         _check(target.device == logits.device, "target must be on the device of logits")
+        self.logits, self.logits_strides = viewed(logits)
+        self.target_strides = Strides(0, 0, 0)
+        if self.labels:
+            self.target = target.contiguous()
+        else:
+            self.target, self.target_strides = viewed(target)
+
+
+class _Call(_Tensors):
+    """The arguments that both losses share, checked, and what the kernels take of them."""
+
+    def __init__(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
+    ) -> None:
+        super().__init__(logits, target)
+        _check(options.reduction in REDUCTIONS.values(), "reduction must be 0, 1 or 2")
+        _check(not options.label_smoothing > 1.0, "label_smoothing must be at most 1")
+        _check(
+            options.loss_dtype in _DTYPES, "the loss must be float32, float64, bfloat16 or float16"
+        )
         if weight is not None:
             _check(weight.shape == (self.classes,), "weight must have shape (C)")
             _check(
@@ -682,18 +693,9 @@ class _Call:
             )
             _check(weight.device == logits.device, "weight must be on the device of logits")
             weight = weight.contiguous()
-        self.logits, self.logits_strides = viewed(logits)
-        self.target_strides = Strides(0, 0, 0)
-        if self.labels:
-            self.target = target.contiguous()
-        else:
-            self.target, self.target_strides = viewed(target)
         self.weight = weight
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        smoothing = label_smoothing if label_smoothing > 0 else 0.0  # as torch: NaN is off
-        self.keep = 1.0 - smoothing
-        self.uniform = smoothing / max(self.classes, 1)
+        self.options = options
+        self.uniform = options.smoothing / max(self.classes, 1)
 
     def rows_tensor(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.row_shape, dtype=dtype, device=self.logits.device)
@@ -711,7 +713,6 @@ class _Call:
             step = "batch" if positions == 1 else "position"
             strides = [s._replace(batch=0, position=getattr(s, step)) for s in strides]
             positions = self.rows
-        smoothing = self.uniform > 0
         itemsize = self.logits.dtype.itemsize
         tensors = [self.logits, None if self.labels else self.target, grad]
         used = [(t, s) for t, s in zip(tensors, strides, strict=True) if t is not None]
@@ -720,7 +721,7 @@ class _Call:
         edge = 1
         if all(t.data_ptr() % 16 == 0 for t, _ in used):
             edge = _edge(self.classes, [s for _, s in used], class_axis, itemsize, unit)
-        dense = smoothing or not self.labels
+        dense = self.options.smoothed or not self.labels
         config = _config(self.classes, class_axis, itemsize, dense, edge > 1)
         in_entry = positions >= config.rows or positions == self.rows
         if in_entry:
@@ -731,13 +732,13 @@ class _Call:
             "rows": self.rows,
             "classes": self.classes,
             "positions": positions,
-            "ignore_index": self.ignore_index,
-            "keep": self.keep,
+            "ignore_index": self.options.ignore_index,
+            "keep": 1.0 - self.options.smoothing,
             "uniform": self.uniform,
             "LABELS": self.labels,
             "WEIGHT": self.weight is not None,
-            "SMOOTHING": smoothing,
-            "REDUCTION": self.reduction,
+            "SMOOTHING": self.options.smoothed,
+            "REDUCTION": self.options.reduction,
             "ACC": _TRITON[self.accumulate],
             "UNIT": unit,
             "AXIS": class_axis,
@@ -754,7 +755,7 @@ class _Call:
 
     def total_weight_parts(self) -> Tensor | None:
         """What the mean divides by, in parts; None where that is the number of rows."""
-        if not self.labels or self.reduction != 1:
+        if not self.labels or self.options.reduction != MEAN:
             return None
         parts = min(triton.cdiv(self.rows, _LABELS_PER_PART), _PARTS)
         result = torch.empty(parts, dtype=torch.float64, device=self.logits.device)
@@ -765,7 +766,7 @@ class _Call:
             self.rows,
             triton.cdiv(self.rows, parts),
             self.classes,
-            self.ignore_index,
+            self.options.ignore_index,
             WEIGHT=self.weight is not None,
             BLOCK=_LABELS_PER_PART,
             num_warps=4,
@@ -783,7 +784,7 @@ class _Call:
             self.rows,
             self.uniform,
             LABELS=self.labels,
-            REDUCTION=self.reduction,
+            REDUCTION=self.options.reduction,
             BLOCK=2048,
             PARTS=_PARTS,
             num_warps=8,
@@ -805,34 +806,24 @@ def cross_entropy_forward(
     logits: Tensor,  # (C), (N, C) or (N, C, d1, ...)
     target: Tensor,  # int64 (N, d1, ...), or floating point like logits
     weight: Tensor | None,  # (C)
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    loss_dtype: torch.dtype,
+    options: Options,
 ) -> Tensor:
-    call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
+    call = _Call(logits, target, weight, options)
     if logits.numel() == 0:
-        return reference.cross_entropy_forward(
-            logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
-        )
-    return _forward(call, loss_dtype)
+        return reference.cross_entropy_forward(logits, target, weight, options)
+    return _forward(call)
 
 
 def cross_entropy_forward_backward(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    loss_dtype: torch.dtype,
+    options: Options,
     largest_mass: Tensor | None = None,  # 0-dim, of float16 logits
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(logits, target, weight, ignore_index, label_smoothing, reduction)
+    call = _Call(logits, target, weight, options)
     if logits.numel() == 0:
-        return reference.cross_entropy_forward_backward(
-            logits, target, weight, ignore_index, label_smoothing, reduction, loss_dtype
-        )
+        return reference.cross_entropy_forward_backward(logits, target, weight, options)
     grad_logits = layouts.empty_gradient(logits)
     unit = call.scalar(torch.float32)
     scale = None
@@ -844,24 +835,22 @@ def cross_entropy_forward_backward(
             "largest_mass must be one number on the device of logits",
         )
         scale = reference.half_gradient_scale(largest_mass)
-    return _forward(call, loss_dtype, grad_logits, unit, scale), grad_logits, unit
+    return _forward(call, grad_logits, unit, scale), grad_logits, unit
 
 
 def _forward(
     call: _Call,
-    loss_dtype: torch.dtype,
     grad_logits: Tensor | None = None,
     unit: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    _check(loss_dtype in _DTYPES, "the loss must be float32, float64, bfloat16 or float16")
     config, edge, programs, arguments = call.plan(grad_logits)
     with torch.cuda.device_of(call.logits):
         parts = call.total_weight_parts()
-        if call.reduction == 0:
-            loss = loss_parts = call.rows_tensor(loss_dtype)
+        if call.options.reduction == NONE:
+            loss = loss_parts = call.rows_tensor(call.options.loss_dtype)
         else:
-            loss = call.scalar(loss_dtype)
+            loss = call.scalar(call.options.loss_dtype)
             loss_parts = torch.empty(programs, dtype=torch.float64, device=loss.device)
         _forward_kernel[(programs,)](
             call.logits,
@@ -879,7 +868,7 @@ def _forward(
             PARTS=_PARTS,
             **arguments,
         )
-        if call.reduction != 0:
+        if call.options.reduction != NONE:
             call.reduce(loss_parts, parts, loss)
     return loss
 
@@ -892,7 +881,7 @@ def cross_entropy_scale_(
     smoothed: bool,
 ) -> None:
     """Multiplies in place; a factor of 1 touches no memory."""
-    call = _Call(grad_logits, target, None, ignore_index, 0.0, 2)
+    call = _Tensors(grad_logits, target)
     _check(factor.dtype in _DTYPES, "factor must be floating point")
     _check(factor.device == grad_logits.device, "every tensor must be on one device")
     if factor.numel() != 1:

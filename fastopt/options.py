@@ -1,0 +1,29 @@
+"""The options of a cross-entropy call. Every op takes them in this order behind its tensors, so
+that one more is a field and a word of the schema here, and what it means in each kernel.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+NONE, MEAN, SUM = 0, 1, 2
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+
+# SymInt: torch.compile would compile anew for every other int.
+OPTIONS_SCHEMA = "SymInt ignore_index, float label_smoothing, int reduction, ScalarType loss_dtype"
+
+
+class Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    reduction: int
+    loss_dtype: torch.dtype
+
+    @property
+    def smoothing(self) -> float:
+        return self.label_smoothing if self.label_smoothing > 0 else 0.0  # as torch: NaN is off
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether a label's row has mass in every class."""
+        return self.label_smoothing > 0
