@@ -12,6 +12,7 @@ raises stock's own exception. Only labels out of range are ours to refuse.
 """
 
 import math
+from operator import eq
 from typing import Any
 
 import torch
@@ -173,11 +174,9 @@ def _is_watched() -> bool:
     return _dispatch_modes() > 0 or _tracing_state() is not None
 
 
-def _same(a: Any, b: Any) -> bool:
+def _surely_same(a: Any, b: Any) -> bool:
     """Whether two shapes are equal; no, where a compiler cannot know. Asking must not guard: sizes
     that depend on data would stop the compilation."""
-    if not torch.compiler.is_compiling():
-        return a == b
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     if len(a) != len(b):
@@ -246,11 +245,12 @@ def _serves(
     # Without a batch stock's mean of an ignored row is NaN on CPU and 0 on GPU: its own affair.
     if cuda and (len(shape) == 1 or shape[1] > _MAX_CLASSES_ON_GPU):
         return False
+    same = _surely_same if compiling else eq
     if target_dtype is torch.int64:
-        if not _same(target_shape, layouts.row_shape(shape)):
+        if not same(target_shape, layouts.row_shape(shape)):
             return False
     elif target_dtype in _DTYPES:
-        if target.requires_grad or ignore_index >= 0 or not _same(target_shape, shape):
+        if target.requires_grad or ignore_index >= 0 or not same(target_shape, shape):
             return False
         if target_dtype != dtype and (dtype not in _HALF or target_dtype is not torch.float32):
             return False
@@ -262,7 +262,7 @@ def _serves(
         and weight.device == logits.device
         and weight.layout is torch.strided
         and weight.dim() == 1  # a nested tensor has no shape to ask for
-        and _same(weight.shape, (classes,))
+        and same(weight.shape, (classes,))
         and _loss_dtype(weight) == _loss_dtype(logits)
     )
 
