@@ -71,7 +71,8 @@ def triton_launcher(name: str) -> Callable[..., Any]:
     """Triton is imported by the first call: it takes a second, and may be broken."""
 
     def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("fastopt.kernels.cross_entropy"), name)(*arguments)
+        kernels = importlib.import_module("fastopt.kernels.cross_entropy.launch")
+        return getattr(kernels, name)(*arguments)
 
     return launch
 

@@ -42,7 +42,8 @@ from cross_entropy_cases import (
     random_upstream,
 )
 from fastopt import layouts, reference
-from fastopt.kernels import cross_entropy as kernels
+from fastopt.kernels.cross_entropy import launch as kernels
+from fastopt.kernels.cross_entropy import plan
 from fastopt.options import MEAN, NONE, SUM, Options
 from triton_support import (
     GFX942,
@@ -411,8 +412,8 @@ class TestInterpreted:
 
     def test_total_weight_in_several_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Parts of several blocks each, as millions of labels have."""
-        monkeypatch.setattr(kernels, "_PARTS", 4)
-        monkeypatch.setattr(kernels, "_LABELS_PER_PART", 16)
+        monkeypatch.setattr(plan, "PARTS", 4)
+        monkeypatch.setattr(plan, "LABELS_PER_PART", 16)
         for rows in (1, 16, 17, 64, 65, 333):
             logits = make_logits((rows, 3))
             for name in ("plain", "ignored-weight", "smoothing-weight"):
@@ -447,8 +448,8 @@ class TestInterpreted:
         assert grad.count_nonzero() == 0
 
     def test_scaling_in_several_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kernels, "_SCALE_BLOCK", 64)
-        monkeypatch.setattr(kernels, "_SCALE_PROGRAMS", 3)
+        monkeypatch.setattr(plan, "SCALE_BLOCK", 64)
+        monkeypatch.setattr(plan, "SCALE_PROGRAMS", 3)
         grad, target = torch.randn(17, 59), torch.arange(17)
         expected = grad * 2
         kernels.cross_entropy_scale_(grad, torch.tensor(2.0), target, -100, False)
@@ -587,7 +588,7 @@ class TestPlan:
         for dense, edges in itertools.product((False, True), repeat=2):
             for classes in CLASS_COUNTS:
                 case = (classes, class_axis, itemsize, dense, edges)
-                config = kernels._config(*case)
+                config = plan.config(*case)
                 for size in (config.rows, config.block, config.warps):
                     assert size & (size - 1) == 0 < size, case
                 assert config.loop == (config.block < classes), case
@@ -599,32 +600,32 @@ class TestPlan:
 
     def test_no_recompilation_per_class_count(self) -> None:
         found = {
-            kernels._config(classes, axis, 2, False) for classes in CLASS_COUNTS for axis in (0, 1)
+            plan.config(classes, axis, 2, False) for classes in CLASS_COUNTS for axis in (0, 1)
         }
         assert len(found) <= 24
 
     def test_unit_divides_what_vectors_step_over(self) -> None:
         strides = layouts.Strides
         contiguous = [strides(0, 1, 1000), strides(0, 0, 0), strides(0, 1, 1000)]
-        assert kernels._unit(1000, 77, contiguous, 1) == 8
-        assert kernels._unit(50257, 77, [strides(0, 1, 50257)], 1) == 1
-        assert kernels._unit(1000, 77, [strides(0, 1, 1003)], 1) == 1
-        assert kernels._unit(1000, 77, [strides(0, 1, 1004)], 1) == 4
-        assert kernels._unit(21, 196, [strides(21 * 196, 196, 1)], 0) == 4
-        assert kernels._unit(21, 49, [strides(21 * 49, 49, 1)], 0) == 1
+        assert plan.unit(1000, 77, contiguous, 1) == 8
+        assert plan.unit(50257, 77, [strides(0, 1, 50257)], 1) == 1
+        assert plan.unit(1000, 77, [strides(0, 1, 1003)], 1) == 1
+        assert plan.unit(1000, 77, [strides(0, 1, 1004)], 1) == 4
+        assert plan.unit(21, 196, [strides(21 * 196, 196, 1)], 0) == 4
+        assert plan.unit(21, 49, [strides(21 * 49, 49, 1)], 0) == 1
 
     def test_edges_only_where_rows_share_their_place_in_a_word(self) -> None:
         strides = layouts.Strides
         odd, padded = strides(0, 1, 50257), strides(0, 1, 50264)
-        assert kernels._edge(50257, [odd, odd], 1, itemsize=2, unit=1) == 8
-        assert kernels._edge(50257, [odd, odd], 1, itemsize=4, unit=1) == 4
-        assert kernels._edge(50257, [odd, odd], 1, itemsize=8, unit=1) == 2
-        assert kernels._edge(50257, [odd, padded], 1, itemsize=2, unit=1) == 1
-        assert kernels._edge(50257, [padded, padded], 1, itemsize=2, unit=1) == 8
-        assert kernels._edge(50257, [odd, strides(0, 2, 50257)], 1, itemsize=2, unit=1) == 1
-        assert kernels._edge(50257, [odd, odd], 0, itemsize=2, unit=1) == 1
-        assert kernels._edge(50256, [strides(0, 1, 50256)], 1, itemsize=2, unit=8) == 1
-        assert kernels._edge(33, [strides(0, 1, 33)], 1, itemsize=2, unit=1) == 1
+        assert plan.edge(50257, [odd, odd], 1, itemsize=2, unit=1) == 8
+        assert plan.edge(50257, [odd, odd], 1, itemsize=4, unit=1) == 4
+        assert plan.edge(50257, [odd, odd], 1, itemsize=8, unit=1) == 2
+        assert plan.edge(50257, [odd, padded], 1, itemsize=2, unit=1) == 1
+        assert plan.edge(50257, [padded, padded], 1, itemsize=2, unit=1) == 8
+        assert plan.edge(50257, [odd, strides(0, 2, 50257)], 1, itemsize=2, unit=1) == 1
+        assert plan.edge(50257, [odd, odd], 0, itemsize=2, unit=1) == 1
+        assert plan.edge(50256, [strides(0, 1, 50256)], 1, itemsize=2, unit=8) == 1
+        assert plan.edge(33, [strides(0, 1, 33)], 1, itemsize=2, unit=1) == 1
 
 
 # -- compiled ahead of time -------------------------------------------------------------------------
@@ -689,7 +690,7 @@ SMALL_SHAPES = [(64, 1), (64, 10), (64, 32), (64, 257), (64, 5000), (2, 10, 64)]
 
 def main_launch(case: str) -> Launch:
     arguments, _ = COMPILED[case]
-    return launches_of(**arguments)["_forward_kernel"]
+    return launches_of(**arguments)["forward_kernel"]
 
 
 class TestCompiled:
@@ -747,9 +748,9 @@ class TestCompiled:
             factor = torch.empty((), device="meta")
             kernels.cross_entropy_scale_(grad, factor, labels, -100, False)
         for launch in (
-            launches["_total_weight_kernel"],
-            launches["_reduce_kernel"],
-            launches["_forward_kernel"],
+            launches["total_weight_kernel"],
+            launches["reduce_kernel"],
+            launches["forward_kernel"],
             *scale,
         ):
             compiled = launch.compile(target)
@@ -761,7 +762,7 @@ class TestCompiled:
 
     def test_what_a_step_launches(self) -> None:
         """Label counts, rows, sum; fewer where there is nothing to count or to add up."""
-        counted = ["_total_weight_kernel", "_forward_kernel", "_reduce_kernel"]
+        counted = ["total_weight_kernel", "forward_kernel", "reduce_kernel"]
         shape = (64, 1000)
         assert list(launches_of(shape, HALF)) == counted
         assert list(launches_of(shape, HALF, reduction=SUM)) == counted[1:]

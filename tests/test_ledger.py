@@ -14,7 +14,9 @@ def sources(family: str, kernel: str) -> list[Path]:
     """The files that a kernel is compiled from."""
     op = "sgd" if kernel.startswith("sgd") else "cross_entropy"
     if family == "triton":
-        return [ROOT / f"fastopt/kernels/{op}.py"]
+        return sorted((ROOT / "fastopt/kernels").glob(f"{op}*/*.py")) or [
+            ROOT / f"fastopt/kernels/{op}.py"
+        ]
     cuda, rules = ROOT / "csrc/cuda", ROOT / "csrc/rules"
     shared = {"sgd": [ROOT / "csrc/cpu/sgd.h"], "cross_entropy": [rules / "softmax.h"]}[op]
     shared += [cuda / "primitives.h", rules / "types.h", rules / f"{op}.h"]
@@ -34,9 +36,11 @@ def kernels() -> set[tuple[str, str]]:
         text = re.sub(r"#define.*", "", path.read_text())
         names = re.findall(r"FASTOPT_KERNEL\s+void\s+(?:FASTOPT_BOUNDS\([^)]*\)\s*)?(\w+)", text)
         found |= {("cuda", name) for name in names}
-    for path in (ROOT / "fastopt/kernels").glob("*.py"):
+    folder = ROOT / "fastopt/kernels"
+    for path in folder.rglob("*.py"):
         names = re.findall(r"@triton\.jit.*\ndef (\w+_kernel)\(", path.read_text())
-        found |= {("triton", f"{path.stem}.{name}") for name in names}
+        op = path.relative_to(folder).with_suffix("").parts[0]
+        found |= {("triton", f"{op}.{name}") for name in names}
     return found
 
 

@@ -22,7 +22,7 @@ os.environ["FASTOPT_ALWAYS"] = "1"
 import pytest
 
 from fastopt import ops
-from fastopt.kernels import cross_entropy as kernels
+from fastopt.kernels.cross_entropy import launch as kernels
 from triton_support import Launch, recorded
 
 
