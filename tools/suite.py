@@ -100,7 +100,7 @@ CHECK = [
             "tests/test_cross_entropy_ops.py::test_kernels_serve",
             "tests/test_cross_entropy_ops.py::test_nonsense_raises",
             f"{INTERPRETED}[test_target_in_another_layout_than_the_logits]",
-            "tests/test_cross_entropy_triton.py::TestPlan",
+            "tests/test_cross_entropy_triton_plan.py",
             "tests/test_sgd_cuda.py::test_alignment",
             "tests/test_sgd_faces.py",
             "tests/test_sgd_served.py",

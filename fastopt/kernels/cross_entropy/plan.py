@@ -1,13 +1,9 @@
 """Which blocks the kernels work in: pure functions of shapes and strides."""
 
-# Triton has no type stubs.
-# mypy: disable-error-code="import-untyped,import-not-found"
-
 import math
 from typing import NamedTuple
 
 import torch
-import triton
 
 from fastopt.layouts import Strides
 
@@ -39,7 +35,7 @@ def config(
         edges: rows do not begin and end with 16-byte words, which takes registers.
     """
     registers = (2 if itemsize == 8 else 1) * (2 if dense else 1)  # of one element
-    block = max(triton.next_power_of_2(classes), _MIN_BLOCK)
+    block = max(1 << (classes - 1).bit_length(), _MIN_BLOCK)
     if class_axis == 0:
         # 128 bytes of positions, a whole line, up to 256 classes; more are swept twice.
         rows = 128 // itemsize
