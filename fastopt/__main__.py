@@ -8,7 +8,8 @@ import sys
 import torch
 
 import fastopt
-from fastopt import backends, loss, ops, optim, sgd_gather
+from fastopt import backends, loss, ops
+from fastopt.sgd import gather, step
 
 # What can be set, and what it means while it is not.
 ENVIRONMENT = {
@@ -65,12 +66,12 @@ def cross_entropy_kernel(device: str) -> str:
 
 
 def sgd_kernel(device: str) -> str:
-    if device == "cpu" and optim._kernels_apply():
+    if device == "cpu" and step.cpu_kernels_apply():
         return f"C++, {backends.simd_level()}"
     if device == "cuda" and backends.GPU_FAMILY is not None:
         return GPU_KERNELS[backends.GPU_FAMILY]
     if device == "cpu" and backends.CPU_LIBRARY is not None:
-        if sgd_gather.OTHER_SOURCES:
+        if gather.OTHER_SOURCES:
             return "torch's own: _C.so was built from other sources"
         return "torch's own: this Python's or torch's object layout is unknown"
     return "torch's own"

@@ -7,7 +7,7 @@ kernels. backends.py has loaded the libraries and knows who serves. Meaning (wha
 promotion, errors) is decided in loss.py; memory safety in the launchers.
 
 SGD has no op: its step passes one table of raw addresses, which no kernel could check, so it must
-not be callable as torch.ops (see optim.py).
+not be callable as torch.ops (see sgd/).
 """
 
 import importlib

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import fastopt
-from fastopt import backends, loss, optim
+from fastopt import backends, loss
+from fastopt.sgd import step
 
 
 class Face:
@@ -60,7 +61,7 @@ def why_not(device: str = "cpu") -> str | None:
     )
 
 
-_serves, _kernel_step, _torch_update = loss._serves, optim._kernel_step, optim._torch_update
+_serves, _kernel_step, _torch_update = loss._serves, step.kernel_step, step.torch_update
 
 
 @functools.wraps(_serves)
@@ -85,12 +86,12 @@ def _counting_kernel_step(optimizer: fastopt.SGD, *arguments: Any) -> None:
 
 
 @functools.wraps(_torch_update)
-def _counting_torch_update(options: Any, params: Any, *arguments: Any, **scale: Any) -> None:
+def _counting_torch_update(options: Any, params: Any, *arguments: Any) -> None:
     if not torch.compiler.is_compiling():
         sgd.torchs += len(params)
-    _torch_update(options, params, *arguments, **scale)
+    _torch_update(options, params, *arguments)
 
 
 loss._serves = _counting_serves
-optim._kernel_step = _counting_kernel_step
-optim._torch_update = _counting_torch_update
+step.kernel_step = _counting_kernel_step
+step.torch_update = _counting_torch_update

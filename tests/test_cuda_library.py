@@ -17,7 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastopt.__main__
-from fastopt import backends, gpu_step, loss, optim
+from fastopt import backends, loss
+from fastopt.sgd import launch
 
 TOO_OLD = "CUDA driver version is insufficient for CUDA runtime version"
 LIBRARY = """
@@ -62,7 +63,7 @@ def served(index: int) -> tuple[bool, bool]:
         target = torch.empty(4096, dtype=torch.int64, device=f"cuda:{index}")
         return (
             loss._serves(logits, target, None, -100, "mean", 0.0),
-            optim._is_served_gpu(torch.device(gpu_step.DEVICE_TYPE, index)),
+            launch.serves(torch.device(launch.DEVICE_TYPE, index)),
         )
 
 

@@ -174,7 +174,7 @@ def cut_off(package: Path) -> None:
 
 def of_other_sources(package: Path) -> None:
     content = (package / "_C.so").read_bytes()
-    renamed = content.replace(b"fastopt_sgd_table_bytes", b"fastopt_sgd_table_bytex")
+    renamed = content.replace(b"fastopt_sgd_struct_bytes", b"fastopt_sgd_struct_bytex")
     (package / "_C.so").write_bytes(renamed)
 
 

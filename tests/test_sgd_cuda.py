@@ -33,7 +33,9 @@ import fastopt
 from accuracy import assert_as_accurate
 from child import run_python
 from compiling import compiled
-from fastopt import backends, gpu_step, optim
+from fastopt import backends
+from fastopt.sgd import devices, gather, launch
+from fastopt.sgd.table import NAMES, Launch, SgdLaunch
 from sgd_oracle import (
     DAMPED,
     DTYPES,
@@ -63,12 +65,12 @@ SANITIZED = os.environ.get("FASTOPT_SANITIZE") == "1"
 class Device:
     """Kernels that update CPU tensors as they would a GPU's."""
 
-    run: Callable[[gpu_step.Launch], None]
+    run: Callable[[Launch], None]
     rounds_bfloat16: bool = True  # Triton's interpreter truncates where a GPU rounds
     rows: int = 2000  # what a test of many parameters can afford
-    launched: list[gpu_step.Launch] = field(default_factory=list)
+    launched: list[Launch] = field(default_factory=list)
 
-    def launch(self, launch: gpu_step.Launch) -> None:
+    def launch(self, launch: Launch) -> None:
         self.launched.append(launch)
         self.run(launch)
 
@@ -76,10 +78,10 @@ class Device:
     def in_place(self) -> Iterator[None]:
         """fastopt.SGD takes the CPU for this device."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gpu_step, "DEVICE_TYPE", "cpu")
-            patch.setattr(optim, "_gpu_family", lambda: "tested")
+            patch.setattr(launch, "DEVICE_TYPE", "cpu")
+            patch.setattr(launch, "family", lambda: "tested")
             patch.setattr(backends, "serves_gpu", lambda index: True)
-            patch.setitem(optim._LAUNCHERS, "tested", self.launch)
+            patch.setitem(launch.LAUNCHERS, "tested", self.launch)
             yield
 
     def history(self, run: Callable[..., list[Snapshot]]) -> list[Snapshot]:
@@ -384,7 +386,7 @@ def check_replays(device: Device) -> None:
 def capture(device: Device) -> Iterator[None]:
     """As while a CUDA graph is captured: memory is taken, but nothing that is enqueued runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_step, "capturing", lambda _: True)
+        patch.setattr(devices, "capturing", lambda _: True)
         patch.setattr(device, "run", lambda launch: None)
         for name in ("fill_", "copy_", "zero_"):
             patch.setattr(Tensor, name, lambda tensor, *_: tensor)
@@ -437,9 +439,10 @@ def check_parameters_that_move(device: Device) -> None:
     with device.in_place():
         optimizer = fastopt.SGD([param], **DAMPED)
         optimizer.step()
-        (step,) = optimizer._fastopt_devices.steps.values()
-        step.device = torch.device("meta")
-        assert step._read_in_python((param,), (param.grad,), (None,)).left == [0]
+        elsewhere = devices.DeviceStep(torch.device("meta"), (0,))
+        options = tuple(optimizer.param_groups[0][name] for name in NAMES)
+        found = elsewhere.gather(options, ((param,), (param.grad,), (None,)), None, None)
+        assert found.left == [0]
 
 
 def check_captured_memory(device: Device) -> None:
@@ -465,7 +468,7 @@ def check_captured_memory(device: Device) -> None:
         device.launched.clear()
         gc.collect()
         assert started() is not None
-    gpu_step.captured.clear()
+    devices.captured.clear()
 
 
 def check_buffers_that_others_made(device: Device) -> None:
@@ -800,7 +803,7 @@ def check_distributed_tensors(device: Device) -> None:
         theirs = run(for_loop)
     finally:
         dist.destroy_process_group()
-    sizes = [list(launch.rows[3::6]) for launch in device.launched[before:]]
+    sizes = [[row.numel for row in launch.rows] for launch in device.launched[before:]]
     assert sizes == [[21, 24, 24, 24]] * 3, "the kernels took all"
     for mine, stock in zip(ours, theirs, strict=True):
         assert_same_bits(mine.detach(), stock.detach())
@@ -864,7 +867,7 @@ def emulation() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     run = loaded.fastopt_sgd_run_emulated
     run.argtypes = [
-        ctypes.POINTER(gpu_step._Step), ctypes.c_bool, ctypes.POINTER(ctypes.c_int64)
+        ctypes.POINTER(SgdLaunch), ctypes.c_bool, ctypes.POINTER(ctypes.c_int64)
     ]  # fmt: skip
     run.restype = ctypes.c_char_p
     return loaded
@@ -873,7 +876,7 @@ def emulation() -> ctypes.CDLL:
 @pytest.fixture(params=["ascending", "descending", "without_compiled_gather"])
 def device(request: Any, emulation: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Device:
     if request.param == "without_compiled_gather":
-        monkeypatch.setattr(gpu_step, "LAYOUT", None)
+        monkeypatch.setattr(devices, "READER", gather.PythonGather)
     return emulated(emulation, descending=request.param == "descending")
 
 
@@ -882,8 +885,8 @@ def emulated(
 ) -> Device:
     launches = ctypes.c_int64() if launches is None else launches
 
-    def run(launch: gpu_step.Launch) -> None:
-        step = gpu_step.c_step(launch, processors)
+    def run(launch: Launch) -> None:
+        step = launch.as_struct(processors)
         error = emulation.fastopt_sgd_run_emulated(step, descending, launches)
         assert error is None, error.decode()
         assert launch.started[-1] == 0, "the count of blocks is left at 0"

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
 from child import run_python
-from fastopt import sgd_gather
+from fastopt.sgd import gather
 from sgd_oracle import (
     DAMPED,
     DTYPES,
@@ -715,11 +715,11 @@ def test_state_follows_its_parameters_by_loading_it_into_itself() -> None:
 
 @pytest.mark.parametrize("kind", ["tuples", "types", "tensors", "keys", "none"])
 def test_an_unknown_layout_is_left_to_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sgd_gather.find_layout() == sgd_gather.LAYOUT is not None
+    assert gather.find_layout() == gather.LAYOUT is not None
     some = torch.empty(1)
 
     def word(address: int) -> int | None:
-        value = sgd_gather._read_word(address)
+        value = gather._read_word(address)
         # As if words of that kind lay elsewhere.
         if kind == "tensors" and value == some._cdata:
             return 0
@@ -729,19 +729,19 @@ def test_an_unknown_layout_is_left_to_torch(kind: str, monkeypatch: pytest.Monke
             return 0
         if kind == "tuples" and value == id(None):
             return 0
-        if kind == "keys" and value == sgd_gather.dispatch_keys(torch._neg_view(some)):
-            return sgd_gather.dispatch_keys(some)
+        if kind == "keys" and value == gather.dispatch_keys(torch._neg_view(some)):
+            return gather.dispatch_keys(some)
         return value
 
     monkeypatch.setattr(torch, "empty", lambda *a, _empty=torch.empty, **k: (
         some if a == (1,) and not k else _empty(*a, **k)
     ))  # fmt: skip
-    assert sgd_gather.find_layout(word) is None
+    assert gather.find_layout(word) is None
 
 
 def test_python_without_a_lock_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sgd_gather.sysconfig, "get_config_var", lambda name: int("GIL" in name))
-    assert sgd_gather.find_layout() is None
+    monkeypatch.setattr(gather.sysconfig, "get_config_var", lambda name: int("GIL" in name))
+    assert gather.find_layout() is None
 
 
 def test_steps_under_an_unknown_layout() -> None:
@@ -752,9 +752,10 @@ def test_steps_under_an_unknown_layout() -> None:
         real = torch._C._dispatch_keys
         torch._C._dispatch_keys = lambda tensor: types.SimpleNamespace(raw_repr=lambda: 12345)
         import fastopt
-        from fastopt import __main__ as report, sgd_gather
+        from fastopt import __main__ as report
+        from fastopt.sgd import gather
         torch._C._dispatch_keys = real
-        assert sgd_gather.LAYOUT is None
+        assert gather.LAYOUT is None
         assert "layout is unknown" in report.sgd_kernel("cpu")
         from sgd_oracle import DAMPED, assert_same_history, for_loop, leaf, train, values
         ours, theirs = (
@@ -819,5 +820,5 @@ def test_zero_redundancy_optimizer_overlaps(tmp_path: Any) -> None:
 
 def test_every_dtype_is_among_the_layouts_cases() -> None:
     # Whatever its dtype, a plain tensor has the keys that gather asks for.
-    keys = {sgd_gather.dispatch_keys(torch.empty(2, dtype=dtype)) for dtype in DTYPES}
-    assert keys == {sgd_gather._plain_keys(torch.device("cpu"))}
+    keys = {gather.dispatch_keys(torch.empty(2, dtype=dtype)) for dtype in DTYPES}
+    assert keys == {gather._plain_keys(torch.device("cpu"))}

@@ -40,7 +40,8 @@ from cross_entropy_cases import (
     offset,
     random_upstream,
 )
-from fastopt import loss, optim, reference
+from fastopt import loss, reference
+from fastopt.sgd import launch, step
 
 # A name and what raises where the result is wrong.
 Check = tuple[str, Callable[[], None]]
@@ -205,7 +206,7 @@ class Twins:
         on_cpu.pop("fused", None)
         self.optimizer = fastopt.SGD(self.ours, **options)
         self.twins = [torch.optim.SGD(x, **on_cpu, foreach=False) for x in (self.stock, self.goal)]
-        kernels = optim._is_served_gpu(self.ours[0].device) or optim._kernels_apply()
+        kernels = launch.serves(self.ours[0].device) or step.cpu_kernels_apply()
         assert kernels, "torch would take this step"
 
     def place(self, x: Tensor) -> Tensor:

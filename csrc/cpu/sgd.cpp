@@ -1,8 +1,8 @@
-// SGD on CPU, below fastopt/optim.py: one call reads the tensors of a step, decides whether the
+// SGD on CPU, below fastopt/sgd/step.py: one call reads the tensors of a step, decides whether the
 // kernels serve them and updates them, in one parallel region for all parameters of all groups,
 // balanced by elements. No Python runs between the reading of an address and its use.
 //
-// GPUs use `gather` alone, for one device at a time (fastopt/gpu_step.py): it reads what torch
+// GPUs use `gather` alone, for one device at a time (fastopt/sgd/devices.py): it reads what torch
 // knows of a tensor, never its values.
 //
 // Host time is the whole cost of a step over many small tensors, and Python spends 60 ns on
@@ -15,56 +15,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
 
 namespace fastopt {
 namespace {
-
-// What becomes of a parameter. The numbers are fastopt/sgd_gather.py's too.
-enum Verdict : uint8_t {
-  kReady = 1,         // the kernels update it
-  kNoGradient = 2,    // nothing to do
-  kNeedsBuffer = 4,   // its first step with momentum: the caller makes the buffer and comes again
-  kTorch = 8,         // torch's path takes it
-  kOverlapping = 16,  // memory is shared between rows: torch's path takes them, one by one
-};
-
-// Memory that a step writes.
-struct Span {
-  uintptr_t begin, end;
-};
-
-}  // namespace
-
-// What lasts from step to step: no address of a tensor that a later step would believe.
-// fastopt/sgd_gather.py declares the same struct. Arrays have one entry per parameter unless said
-// otherwise, and live as long as the table does.
-struct SgdTable {
-  const int32_t* group_of;  // null: all are of one group
-  SgdRow* rows;             // written by gather
-  uint8_t* verdicts;        // written by gather. Null: nobody asks
-  Span* spans;              // two per parameter: what the step writes, sorted by gather
-  int64_t count;
-
-  // Where a tensor object keeps its type and its C++ tensor, and that its keys for the dispatcher.
-  int64_t type_offset, tensor_offset, keys_offset;
-  const void *tensor_type, *parameter_type, *none;
-  // The keys of a plain dense tensor of the kernels' device. Others are sparse, hold the negative
-  // or the conjugate of their values, were made in inference mode, or belong to a mode of torch.
-  uint64_t keys;
-  int64_t device_index;  // -1: there is only one
-
-  // Python's own functions around what may run without its lock.
-  void* (*save_thread)();
-  void (*restore_thread)(void*);
-
-  int64_t span_count;  // or what class Rows writes instead. Starts as 0, like busy
-  int64_t busy;        // a thread that let go of Python's lock is still using rows and spans
-};
 
 // The tensors of one step: tuples of Python objects, given by the addresses of their items.
 struct SgdTensors {
@@ -73,11 +29,6 @@ struct SgdTensors {
   const char* const* momentum_buffers;  // null when no group has momentum
   const bool* first_step;               // null: no parameter takes its first step
 };
-
-static_assert(sizeof(SgdRow) == 48 && sizeof(SgdGroup) == 56 && sizeof(Span) == 16,
-              "fastopt/sgd_gather.py makes room for them");
-
-namespace {
 
 struct TensorView {
   char* data;
@@ -181,34 +132,23 @@ bool matches(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-// Where a finite option exceeds float32, torch's for-loop raises.
-bool fits_float(const SgdGroup& group) {
-  const double options[] = {group.lr, group.momentum, 1 - group.dampening, group.weight_decay};
-  for (const double option : options) {
-    if (std::isfinite(option) && std::fabs(option) > std::numeric_limits<float>::max()) {
-      return false;
-    }
-  }
-  return true;
-}
-
-Verdict gather_row(const SgdTable& table, const SgdTensors& tensors, const SgdGroup* groups,
-                   int64_t i, SgdRow& row) {
+SgdVerdict gather_row(const SgdTable& table, const SgdTensors& tensors, const SgdGroup* groups,
+                      int64_t i, SgdRow& row) {
   row.numel = 0;
   if (tensors.grads[i] == table.none) return kNoGradient;
   row.group = table.group_of == nullptr ? 0 : table.group_of[i];
   const SgdGroup& group = groups[row.group];
   TensorView param;
   TensorView grad;
-  if (group.served == 0 || !view(table, tensors.params[i], param) ||
+  if (group.served == SgdServed::none || !view(table, tensors.params[i], param) ||
       !view(table, tensors.grads[i], grad) || !element_of(param.dtype, row.element) ||
       !is_dense(param) || !matches(param, grad) ||
-      (row.element != SgdElement::float64 && !fits_float(group))) {
+      (group.served == SgdServed::float64 && row.element != SgdElement::float64)) {
     return kTorch;
   }
   row.momentum_buffer = nullptr;
   row.first_step = false;
-  if (group.momentum != 0) {
+  if (group.has_momentum) {
     if (tensors.momentum_buffers[i] == table.none) return kNeedsBuffer;
     TensorView buffer;
     if (!view(table, tensors.momentum_buffers[i], buffer) || !matches(param, buffer)) {
@@ -223,7 +163,7 @@ Verdict gather_row(const SgdTable& table, const SgdTensors& tensors, const SgdGr
   return kReady;
 }
 
-Span span(const void* data, const SgdRow& row) {
+SgdSpan span(const void* data, const SgdRow& row) {
   const auto begin = reinterpret_cast<uintptr_t>(data);
   return {begin, begin + static_cast<uintptr_t>(row.numel * bytes_of(row.element))};
 }
@@ -240,7 +180,7 @@ class Rows {
       return;
     }
     own_rows_.reset(new (std::nothrow) SgdRow[table.count]());
-    own_spans_.reset(new (std::nothrow) Span[2 * table.count]());
+    own_spans_.reset(new (std::nothrow) SgdSpan[2 * table.count]());
     rows = own_rows_.get();
     spans_ = own_spans_.get();
   }
@@ -257,11 +197,11 @@ class Rows {
   bool has_memory() const { return rows != nullptr && spans_ != nullptr; }
 
   // Gathers a row, behind the ones before it.
-  Verdict gather(const SgdTable& table, const SgdTensors& tensors, const SgdGroup* groups,
-                 int64_t i) {
+  SgdVerdict gather(const SgdTable& table, const SgdTensors& tensors, const SgdGroup* groups,
+                    int64_t i) {
     SgdRow& row = rows[i];
     const SgdRow before = row;
-    const Verdict verdict = gather_row(table, tensors, groups, i, row);
+    const SgdVerdict verdict = gather_row(table, tensors, groups, i, row);
     row.first_block = blocks;
     blocks += (row.numel + kSgdBlock - 1) / kSgdBlock;
     moved_ |= row.numel != before.numel || row.param != before.param ||
@@ -297,7 +237,7 @@ class Rows {
       spans_[count++] = span(row.param, row);
       if (row.momentum_buffer != nullptr) spans_[count++] = span(row.momentum_buffer, row);
     }
-    std::sort(spans_, spans_ + count, [](Span a, Span b) { return a.begin < b.begin; });
+    std::sort(spans_, spans_ + count, [](SgdSpan a, SgdSpan b) { return a.begin < b.begin; });
     span_count_ = count;
     for (int64_t i = 1; i < count; ++i) {
       if (spans_[i].begin < spans_[i - 1].end) span_count_ = kOverlap;
@@ -308,18 +248,18 @@ class Rows {
   // element is read before it is written.
   bool grad_overlaps(const SgdRow& row) const {
     if (row.numel == 0 || row.grad == row.param) return false;
-    const Span grad = span(row.grad, row);
-    const Span* const end = spans_ + span_count_;
-    const Span* const after =
-        std::upper_bound(static_cast<const Span*>(spans_), end, grad.begin,
-                         [](uintptr_t begin, Span written) { return begin < written.end; });
+    const SgdSpan grad = span(row.grad, row);
+    const SgdSpan* const end = spans_ + span_count_;
+    const SgdSpan* const after =
+        std::upper_bound(static_cast<const SgdSpan*>(spans_), end, grad.begin,
+                         [](uintptr_t begin, SgdSpan written) { return begin < written.end; });
     return after != end && after->begin < grad.end;
   }
 
   SgdTable* shared_;
   std::unique_ptr<SgdRow[]> own_rows_;
-  std::unique_ptr<Span[]> own_spans_;
-  Span* spans_;
+  std::unique_ptr<SgdSpan[]> own_spans_;
+  SgdSpan* spans_;
   int64_t span_count_ = 0;
   bool moved_ = false;
 };
@@ -361,9 +301,12 @@ bool run(const SgdTable& table, const SgdStep& step, int64_t blocks) {
 // All return without an exception: ctypes could not carry one. Not torch ops: those can be called
 // by anyone, and a table of addresses cannot be checked. To be called with Python's lock held.
 
-// Python compares: a library left over from other sources would read another table.
-extern "C" __attribute__((visibility("default"))) int64_t fastopt_sgd_table_bytes() {
-  return sizeof(fastopt::SgdTable);
+// Python compares: a library left over from other sources would read other structs.
+extern "C" __attribute__((visibility("default"))) const int64_t* fastopt_sgd_struct_bytes() {
+  using namespace fastopt;
+  static const int64_t bytes[] = {sizeof(SgdGroup), sizeof(SgdRow), sizeof(SgdSpan),
+                                  sizeof(SgdTable)};
+  return bytes;
 }
 
 // Fills all rows and verdicts. Returns the union of the verdicts.
@@ -417,11 +360,11 @@ fastopt_sgd_run_cpu(fastopt::SgdTable* table, const char* const* params, const c
   if (!rows.has_memory()) return 32 * table->count + kTorch;
   const SgdTensors tensors = {params, grads, momentum_buffers, first_step};
   rows.forget_spans();
-  Verdict verdict = kNoGradient;
+  SgdVerdict verdict = kNoGradient;
   int64_t end = begin;
   for (; end < table->count; ++end) {
     const int64_t blocks = rows.blocks;
-    const Verdict found = rows.gather(*table, tensors, groups, end);
+    const SgdVerdict found = rows.gather(*table, tensors, groups, end);
     if (end == begin) verdict = found;
     if (found != verdict) {
       rows.blocks = blocks;

@@ -1,34 +1,13 @@
-// The seam between torch and the CPU SGD kernels: plain structs, no torch type.
+// The seam between torch and the CPU SGD kernels: a plain struct, no torch type.
 #pragma once
 
-#include <cstdint>
-
+#include "host/sgd_table.h"
 #include "levels.h"
 
 namespace fastopt {
 
-enum class SgdElement : int8_t { float32, float64, bfloat16, float16 };
-
-// The hyperparameters of one parameter group; fastopt/optim.py fills them in before every step.
-struct SgdGroup {
-  double lr, weight_decay, momentum, dampening;
-  double nesterov, maximize;  // 0 or 1
-  double served;              // 0: torch's path takes the parameters of this group
-};
-
-// One parameter: its memory, which is `numel` elements in the same order in all three.
-struct SgdRow {
-  void* param;
-  void* grad;
-  void* momentum_buffer;  // null without momentum
-  int64_t numel;
-  int64_t first_block;  // rows are cut into blocks of kSgdBlock elements; where this one's begin
-  int32_t group;
-  SgdElement element;
-  bool first_step;  // the buffer receives its first gradient
-};
-
-constexpr int64_t kSgdBlock = 64;  // whole cache lines in every type
+// Rows are cut into blocks of so many elements: whole cache lines in every type.
+constexpr int64_t kSgdBlock = 64;
 
 struct SgdStep {
   const SgdRow* rows;

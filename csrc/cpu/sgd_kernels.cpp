@@ -122,9 +122,11 @@ void update_all(T* param, T* grad, T* buffer, int64_t numel, const Update<T> upd
 
 template <Momentum kMomentum, class T>
 void choose_terms(T* param, T* grad, T* buffer, int64_t numel, const Update<T>& update) {
-  if (kMomentum != Momentum::none && update.nesterov) {
-    (update.decay ? update_all<kMomentum, true, true, T>
-                  : update_all<kMomentum, true, false, T>)(param, grad, buffer, numel, update);
+  constexpr bool kHasBuffer = kMomentum != Momentum::none;
+  if (kHasBuffer && update.nesterov) {
+    (update.decay
+         ? update_all<kMomentum, kHasBuffer, true, T>
+         : update_all<kMomentum, kHasBuffer, false, T>)(param, grad, buffer, numel, update);
   } else {
     (update.decay ? update_all<kMomentum, false, true, T>
                   : update_all<kMomentum, false, false, T>)(param, grad, buffer, numel, update);
@@ -136,13 +138,14 @@ template <class T>
 void update_row(const SgdStep& step, const SgdRow& row, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const SgdGroup& group = step.groups[row.group];
-  const auto vector = [](double option) { return static_cast<A>(option) - Lanes<T>{}; };
-  const Update<T> update = {{vector(-group.lr), vector(group.momentum), vector(1 - group.dampening),
-                             vector(group.weight_decay)},
+  const auto vector = [](double number) { return static_cast<A>(number) - Lanes<T>{}; };
+  const auto option = [&group](SgdOption which) { return group.options[which].value; };
+  const Update<T> update = {{vector(-option(kLr)), vector(option(kMomentum)),
+                             vector(1 - option(kDampening)), vector(option(kWeightDecay))},
                             vector(step.inv_scale),
-                            group.nesterov != 0,
-                            group.weight_decay != 0,  // before rounding, as torch decides it
-                            group.maximize != 0,
+                            group.nesterov,
+                            option(kWeightDecay) != 0,  // before rounding, as torch decides it
+                            group.maximize,
                             step.unscale};
   T* param = static_cast<T*>(row.param) + begin;
   T* grad = static_cast<T*>(row.grad) + begin;

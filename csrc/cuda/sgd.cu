@@ -1,5 +1,5 @@
-// SGD on GPU, below fastopt/gpu_step.py, which calls this through ctypes. Not a torch op: those can
-// be called by anyone, and a table of addresses cannot be checked.
+// SGD on GPU, below fastopt/sgd/launch.py, which calls this through ctypes. Not a torch op: those
+// can be called by anyone, and a table of addresses cannot be checked.
 #include "cuda/library.h"
 #include "cuda/sgd.h"
 
@@ -9,7 +9,7 @@ const void* fastopt::gpu::the_sgd_kernel() {
 
 // Launches the step on `stream` of `device`. Returns null, or why it could not.
 extern "C" __attribute__((visibility("default"))) const char* fastopt_sgd_run_cuda(
-    const fastopt::gpu::SgdStep* step, int device, cudaStream_t stream) noexcept {
+    const fastopt::SgdLaunch* step, int device, cudaStream_t stream) noexcept {
   using namespace fastopt::gpu;
   // This library links a CUDA runtime of its own, which need not know of torch's choice.
   cudaError_t error = cudaSetDevice(device);

@@ -14,8 +14,8 @@
 
 #include <algorithm>
 
-#include "cpu/sgd.h"  // SgdRow: one gather serves both devices
 #include "cuda/primitives.h"
+#include "host/sgd_table.h"
 #include "rules/sgd.h"
 
 namespace fastopt::gpu {
@@ -25,34 +25,6 @@ constexpr int kSgdThreads = 256;
 // latency is some 35 KB on an H200 (4.8 TB/s, 1 us, 132 processors). Reckoned, not measured.
 constexpr int kSgdBlocksPerProcessor = 4;
 constexpr int kSgdChunkBytes = 16384;  // of the parameter: four 16-byte accesses a thread
-
-// Where an option's value is: in the table, or on the device in one of these types.
-enum class SgdSource : uint8_t { value, float32, float64, bfloat16, float16 };
-
-// The options of one parameter group; fastopt/gpu_step.py packs them before every step.
-struct SgdDeviceGroup {
-  union {
-    double value;
-    const void* address;
-  } options[4];
-  SgdSource source[4];
-  bool nesterov, maximize;
-};
-enum SgdOption { kLr, kMomentum, kDampening, kWeightDecay };
-
-// A whole step; fastopt/gpu_step.py declares the same struct. Host memory but for the addresses
-// marked (device).
-struct SgdStep {
-  const SgdRow* rows;  // numel 0: nothing to do for this one; first_block and first_step unused
-  int64_t count;
-  const SgdDeviceGroup* groups;
-  int64_t group_count;
-  int32_t* started;         // (device) one per row: 1 once its momentum buffer holds a value
-  uint32_t* arrived;        // (device) 0 between launches: counts the blocks that are done
-  const float* grad_scale;  // (device) null, or gradients are divided by it
-  const float* found_inf;   // (device) null, or anything but 0 leaves parameters and state alone
-  int64_t processors;       // of the device
-};
 
 // One launch's share of a step, in two sizes: at most 32,764 bytes, what a kernel takes as
 // parameters; and 4 KB for few parameters, as every launch copies all of them to the device.
@@ -69,7 +41,7 @@ struct SgdShare {
   } rows[kSgdRows];
   uint32_t first_chunk[kSgdRows];  // where a row's chunks begin
   int32_t count;
-  SgdDeviceGroup groups[kSgdGroups];
+  SgdGroup groups[kSgdGroups];
   int64_t chunks;
   int32_t* started;
   uint32_t* arrived;
@@ -78,7 +50,7 @@ struct SgdShare {
 };
 using SmallSgdShare = SgdShare<96, 8>;
 using LargeSgdShare = SgdShare<870, 32>;
-static_assert(sizeof(LargeSgdShare::Row) == 32 && sizeof(SgdDeviceGroup) == 40, "packed");
+static_assert(sizeof(LargeSgdShare::Row) == 32 && sizeof(SgdGroup) == 40, "packed");
 static_assert(sizeof(SmallSgdShare) <= 4096, "the limit before CUDA 12.1");
 static_assert(sizeof(LargeSgdShare) <= 32764, "the limit of sm_70 and later, from CUDA 12.1 on");
 
@@ -128,7 +100,7 @@ FASTOPT_DEVICE BFloat16 narrow<BFloat16>(float x) {
 #endif
 #endif
 
-FASTOPT_DEVICE double read_option(const SgdDeviceGroup& group, SgdOption option) {
+FASTOPT_DEVICE double read_option(const SgdGroup& group, SgdOption option) {
   const void* const address = group.options[option].address;
   switch (group.source[option]) {
     case SgdSource::float32:
@@ -230,7 +202,7 @@ template <class T, class Share>
 FASTOPT_DEVICE void update_row(const Share& share, int index, int64_t chunk) {
   using A = Acc<T>;
   const typename Share::Row& row = share.rows[index];
-  const SgdDeviceGroup& group = share.groups[row.group];
+  const SgdGroup& group = share.groups[row.group];
   const double momentum = read_option(group, kMomentum);
   const double weight_decay = read_option(group, kWeightDecay);
   SgdUpdate<T> update;
@@ -323,7 +295,7 @@ constexpr int kSgdSharedBytes = 16;
 // Cuts a step into shares that fit into a kernel's parameters and hands each to launch(share,
 // grid), which returns whether to go on.
 template <class Share, class Launch>
-bool share_out_as(const SgdStep& step, const Launch& launch) {
+bool share_out_as(const SgdLaunch& step, const Launch& launch) {
   Share share;
   for (int64_t i = 0; i < step.count;) {
     share.count = 0;
@@ -368,7 +340,7 @@ bool share_out_as(const SgdStep& step, const Launch& launch) {
 }
 
 template <class Launch>
-bool share_out(const SgdStep& step, const Launch& launch) {
+bool share_out(const SgdLaunch& step, const Launch& launch) {
   const bool few =
       step.count <= SmallSgdShare::kMostRows && step.group_count <= SmallSgdShare::kMostGroups;
   return few ? share_out_as<SmallSgdShare>(step, launch)

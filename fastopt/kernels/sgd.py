@@ -9,20 +9,18 @@ rounding per stored value; the rule is csrc/rules/sgd.h's, multiply-add for mult
 
 # mypy: disable-error-code="no-untyped-def, import-not-found, import-untyped"
 from array import array
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastopt import gpu_step
-from fastopt.gpu_step import Launch
+from fastopt.sgd.table import Launch
 
-# Words of the table: csrc/cpu/sgd.h, SgdRow; csrc/cuda/sgd.h, SgdDeviceGroup.
+# Words of the table, csrc/host/sgd_table.h: SgdRow and SgdGroup, SgdOption.
 _ROW_WORDS = tl.constexpr(6)
 _GROUP_WORDS = tl.constexpr(5)
-_FIRST_CHUNK = 4  # what csrc/cpu/sgd.h calls first_block
+_NUMEL, _FIRST_CHUNK = 3, 4  # the latter is called first_block there
 _LR, _MOMENTUM, _DAMPENING, _WEIGHT_DECAY = map(tl.constexpr, range(4))
 
 
@@ -226,30 +224,30 @@ BLOCK, THREADS, PROGRAMS = 2048, 128, 4
 WARPS = THREADS // (64 if torch.version.hip else 32)
 
 
-def _config(rows: Any, processors: int) -> tuple[int, int]:
+def _config(rows: "array[int]", processors: int) -> tuple[int, int]:
     """Write into each row where its chunks begin. Returns the number of chunks and the grid."""
     chunks = 0
-    for at in range(0, len(rows), 6):
+    for at in range(0, len(rows), _ROW_WORDS.value):
         rows[at + _FIRST_CHUNK] = chunks
-        chunks += -(-rows[at + 3] // BLOCK)
+        chunks += -(-rows[at + _NUMEL] // BLOCK)
     return chunks, min(chunks, processors * PROGRAMS)
 
 
-def _to_device(words: "array[int]", device: torch.device) -> Tensor:
+def _to_device(words: "array[int]", launch: Launch) -> Tensor:
     """A table on the device, without waiting for it: torch keeps the pinned copy until it is read.
     A CUDA graph reads it again in every replay, so what was captured is kept for good."""
     table = torch.frombuffer(words, dtype=torch.int64)
-    if device.type != "cuda":
+    if launch.device.type != "cuda":
         return table
-    if gpu_step.capturing(device):
+    if launch.capturing:
         pinned = _pinned.pop() if _pinned and len(_pinned[0]) >= len(table) else table.pin_memory()
         pinned = pinned[: len(table)].copy_(table)
-        gpu_step.captured.append(pinned)
+        launch.kept.append(pinned)
     else:
         pinned = table.pin_memory()
         if not _pinned or len(_pinned[0]) < len(table):
             _pinned[:] = [torch.empty_like(table, pin_memory=True)]
-    return pinned.to(device, non_blocking=True)
+    return pinned.to(launch.device, non_blocking=True)
 
 
 # Memory for the table of a step that is captured, where torch 2.10 cannot pin any: one tensor.
@@ -258,17 +256,18 @@ _pinned: list[Tensor] = []
 
 def run(launch: Launch, processors: int) -> None:
     """Enqueue a step on the current stream of the current device, which is the launch's."""
-    words = launch.rows
+    words = array("q", bytes(launch.rows))
     chunks, grid = _config(words, processors)
     if grid == 0:
         return
-    table = _to_device(array("q", bytes(words) + launch.groups), launch.device)
+    words.frombytes(launch.groups.packed)
+    table = _to_device(words, launch)
     _sgd_kernel[(grid,)](
         table,
         launch.started,
         launch.grad_scale,
         launch.found_inf,
-        launch.count,
+        len(launch.rows),
         chunks,
         BLOCK=BLOCK,
         num_warps=WARPS,

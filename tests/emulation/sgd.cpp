@@ -6,7 +6,7 @@
 
 // As fastopt_sgd_run_cuda, with "device" memory on the CPU. `launches` counts the kernel's
 // launches.
-extern "C" const char* fastopt_sgd_run_emulated(const fastopt::gpu::SgdStep* step, bool descending,
+extern "C" const char* fastopt_sgd_run_emulated(const fastopt::SgdLaunch* step, bool descending,
                                                 int64_t* launches) {
   using namespace fastopt::gpu;
   static std::string failure;

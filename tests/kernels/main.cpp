@@ -456,8 +456,12 @@ void sgd_of(const std::string& type) {
         buffer.push_back(stored<T>(uniform(-size, size)));
       }
       std::vector<T> p = param, g = grad, b = buffer;
-      const SgdGroup group = {
-          0.1, o.weight_decay, o.momentum, o.dampening, double(o.nesterov), double(o.maximize), 1};
+      const SgdGroup group = {{{0.1}, {o.momentum}, {o.dampening}, {o.weight_decay}},
+                              {},
+                              o.nesterov,
+                              o.maximize,
+                              o.momentum != 0,
+                              SgdServed::all};
       SgdRow row{};
       row.param = p.data();
       row.grad = g.data();
@@ -512,7 +516,7 @@ void conversions_of(const std::string& type) {
       const bool moves = std::isfinite(size) && size >= std::ldexp(Exact(1), Format<T>::least + 10);
       g.push_back(stored<T>(moves ? -spacing<T>(size) : Exact(0)));
     }
-    const SgdGroup group = {part, 0, 0, 0, 0, 0, 1};
+    const SgdGroup group = {{{part}}, {}, false, false, false, SgdServed::all};
     SgdRow row{};
     row.param = p.data();
     row.grad = g.data();

@@ -1,49 +1,35 @@
-"""SGD's way into csrc/cpu/sgd.cpp, which reads the tensors of a step where CPython and torch keep
-them, and says there why it is not Python."""
+"""How a step's tensors become rows of addresses: csrc/cpu/sgd.cpp reads them where CPython and torch
+keep them, and says there why it is not Python. For GPUs, Python does where that was not built.
+"""
 
 import ctypes
+import functools
 import sysconfig
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import cache
+from operator import gt, or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastopt import backends
-
-# The verdicts on a parameter (the last: on the whole step).
-READY, NO_GRADIENT, NEEDS_BUFFER, TORCH, OVERLAPPING = 1, 2, 4, 8, 16
-
-# Sizes in words of 8 bytes, asserted in csrc/cpu/sgd.cpp.
-ROW_WORDS = 6  # SgdRow
-SPAN_WORDS = 2  # Span
-GROUP_WORDS = 7  # SgdGroup
-
-
-class _Table(ctypes.Structure):
-    """csrc/cpu/sgd.cpp: SgdTable."""
-
-    _fields_ = [
-        ("group_of", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("verdicts", ctypes.c_void_p),
-        ("spans", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("type_offset", ctypes.c_int64),
-        ("tensor_offset", ctypes.c_int64),
-        ("keys_offset", ctypes.c_int64),
-        ("tensor_type", ctypes.c_void_p),
-        ("parameter_type", ctypes.c_void_p),
-        ("none", ctypes.c_void_p),
-        ("keys", ctypes.c_uint64),
-        ("device_index", ctypes.c_int64),
-        ("save_thread", ctypes.c_void_p),
-        ("restore_thread", ctypes.c_void_p),
-        ("span_count", ctypes.c_int64),
-        ("busy", ctypes.c_int64),
-    ]
+from fastopt import backends, layouts
+from fastopt.sgd.table import (
+    ELEMENTS,
+    FLOAT64_SERVED,
+    NEEDS_BUFFER,
+    NO_GRADIENT,
+    NOT_SERVED,
+    OVERLAPPING,
+    READY,
+    TORCH,
+    Groups,
+    SgdRow,
+    SgdSpan,
+    SgdTable,
+    struct_bytes,
+)
 
 
 class Layout(NamedTuple):
@@ -57,6 +43,7 @@ class Layout(NamedTuple):
     keys: int
 
 
+PLAIN = {Tensor, Parameter}
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 _ITEMS = tuple.__basicsize__
 _REFUSED = "fastopt.SGD: torch could not run the update in parallel"
@@ -108,13 +95,16 @@ def find_layout(word: Callable[[int], int | None] = _read_word) -> Layout | None
     return None
 
 
-def _library_knows_the_table() -> bool:
+def _library_knows_the_structs() -> bool:
     """False for a library that other sources were built into, as after an update without a build."""
-    table_bytes = getattr(ctypes.CDLL(str(backends.CPU_LIBRARY)), "fastopt_sgd_table_bytes", None)
-    return table_bytes is not None and table_bytes() == ctypes.sizeof(_Table)
+    sizes = getattr(ctypes.CDLL(str(backends.CPU_LIBRARY)), "fastopt_sgd_struct_bytes", None)
+    ours = struct_bytes()
+    if sizes is not None:
+        sizes.restype = ctypes.POINTER(ctypes.c_int64)
+    return sizes is not None and sizes()[: len(ours)] == ours
 
 
-OTHER_SOURCES = backends.CPU_LIBRARY is not None and not _library_knows_the_table()
+OTHER_SOURCES = backends.CPU_LIBRARY is not None and not _library_knows_the_structs()
 if OTHER_SOURCES:
     backends.problems.append(
         "_C.so was built from other sources; SGD works through torch until it is rebuilt"
@@ -142,7 +132,7 @@ if LAYOUT is not None:
 _CPU = torch.device("cpu")
 
 
-@cache
+@functools.cache
 def _plain_keys(device: torch.device) -> int:
     return dispatch_keys(torch.empty(0, device=device))
 
@@ -163,9 +153,9 @@ class Gather:
         assert LAYOUT is not None
         self.group_of = None if group_of is None else (ctypes.c_int32 * count)(*group_of)
         self.verdicts = (ctypes.c_uint8 * count)()
-        self.rows = (ctypes.c_int64 * (count * ROW_WORDS))()
-        self.spans = (ctypes.c_int64 * (count * 2 * SPAN_WORDS))()
-        self.table = _Table(
+        self.rows = (SgdRow * count)()
+        self.spans = (SgdSpan * (2 * count))()
+        self.table = SgdTable(
             group_of=None if self.group_of is None else ctypes.addressof(self.group_of),
             rows=ctypes.addressof(self.rows),
             verdicts=ctypes.addressof(self.verdicts),
@@ -184,22 +174,26 @@ class Gather:
         )
         self.address = ctypes.addressof(self.table)
 
-    # In all three: `grads` are None where there is none, `buffers` is () where no group has
-    # momentum, and `groups` is the address of one SgdGroup (csrc/cpu/sgd.h) for each group.
+    # In all three: `grads` are None where there is none, and `buffers` is () where no group has
+    # momentum.
 
     def read(
-        self, groups: int, params: tuple[Any, ...], grads: tuple[Any, ...], buffers: tuple[Any, ...]
-    ) -> int:
-        """Fill rows and verdicts. Returns the union of the verdicts."""
-        momentum_buffers = items(buffers) if buffers else None
-        return int(_gather(self.address, items(params), items(grads), momentum_buffers, groups))
-
-    def step(
         self,
+        groups: Groups,
         params: tuple[Any, ...],
         grads: tuple[Any, ...],
         buffers: tuple[Any, ...],
-        groups: int,
+    ) -> int:
+        """Fill rows and verdicts. Returns the union of the verdicts."""
+        of_buffers = items(buffers) if buffers else None
+        return int(_gather(self.address, items(params), items(grads), of_buffers, groups.address))
+
+    def step(
+        self,
+        groups: Groups,
+        params: tuple[Any, ...],
+        grads: tuple[Any, ...],
+        buffers: tuple[Any, ...],
         inv_scale: int | None,
     ) -> int:
         """Update all parameters that have a gradient, or none if the kernels cannot take one.
@@ -209,7 +203,7 @@ class Gather:
             id(params) + _ITEMS,
             id(grads) + _ITEMS,
             id(buffers) + _ITEMS if buffers else None,
-            groups,
+            groups.address,
             inv_scale,
         )
         if seen < 0:
@@ -219,19 +213,114 @@ class Gather:
     def run(
         self,
         begin: int,
+        groups: Groups,
         tensors: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]],
-        groups: int,
         inv_scale: int | None,
         first_step: bytes,
     ) -> tuple[int, int]:
         """Update parameters from `begin` on, as far as one verdict goes. Returns where that is and
         the verdict; only for READY there was an update."""
         params, grads, buffers = tensors
-        momentum_buffers = items(buffers) if buffers else None
+        of_buffers = items(buffers) if buffers else None
         found = _run(
-            *(self.address, items(params), items(grads), momentum_buffers),
-            *(groups, inv_scale, first_step, begin),
+            *(self.address, items(params), items(grads), of_buffers),
+            *(groups.address, inv_scale, first_step, begin),
         )
         if found < 0:
             raise RuntimeError(_REFUSED)
         return divmod(found, 2 * OVERLAPPING)
+
+
+class PythonGather:
+    """Gather.read in Python."""
+
+    def __init__(self, count: int, group_of: Sequence[int], device: torch.device) -> None:
+        self.group_of, self.device = group_of, device
+        self.verdicts = [NO_GRADIENT] * count
+        self.rows = (SgdRow * count)()
+
+    def read(
+        self,
+        groups: Groups,
+        params: tuple[Any, ...],
+        grads: tuple[Any, ...],
+        buffers: tuple[Any, ...],
+    ) -> int:
+        for i, tensors in enumerate(zip(params, grads, buffers, strict=True)):
+            self.verdicts[i], self.rows[i] = self._row(groups, self.group_of[i], *tensors)
+        seen = functools.reduce(or_, self.verdicts, 0)
+        return seen | OVERLAPPING if _overlap(self.rows) else seen
+
+    def _row(
+        self, groups: Groups, index: int, param: Any, grad: Any, buffer: Any
+    ) -> tuple[int, SgdRow]:
+        group = groups.structs[index]
+        if grad is None:
+            return NO_GRADIENT, SgdRow()
+        if (
+            group.served == NOT_SERVED
+            or not self._is_plain(param)
+            or not layouts.is_dense(param)
+            or not self._matches(param, grad)
+            or (group.served == FLOAT64_SERVED and param.dtype is not torch.float64)
+        ):
+            return TORCH, SgdRow()
+        address = None
+        if group.has_momentum:
+            if buffer is None:
+                return NEEDS_BUFFER, SgdRow()
+            if not self._matches(param, buffer):
+                return TORCH, SgdRow()
+            address = buffer.data_ptr()
+        element = ELEMENTS[param.dtype]
+        row = SgdRow(
+            param.data_ptr(), grad.data_ptr(), address, param.numel(), 0, index, element, False
+        )
+        return READY, row
+
+    def _is_plain(self, tensor: Any) -> bool:
+        """Whether the memory of a dense tensor on the kernels' device holds its values."""
+        return (
+            type(tensor) in PLAIN
+            and tensor.device == self.device
+            and tensor.dtype in ELEMENTS
+            and dispatch_keys(tensor) == _plain_keys(self.device)
+            and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+            and tensor.data_ptr() % tensor.element_size() == 0
+        )
+
+    def _matches(self, param: Tensor, other: Any) -> bool:
+        """Same shape, dtype and device and, element by element, the same order in memory."""
+        return (
+            self._is_plain(other)
+            and other.dtype is param.dtype
+            and other.shape == param.shape
+            and all(
+                size <= 1 or a == b
+                for size, a, b in zip(param.shape, param.stride(), other.stride(), strict=True)
+            )
+        )
+
+
+def _overlap(rows: "ctypes.Array[SgdRow]") -> bool:
+    """Whether memory is shared between rows: torch updates those one by one. A gradient may be its
+    own parameter: every element is read before it is written."""
+    sizes = {element: dtype.itemsize for dtype, element in ELEMENTS.items()}
+    written, read = [], []
+    for row in rows:
+        if row.numel:
+            size = row.numel * sizes[row.element]
+            written.append((row.param, row.param + size))
+            if row.momentum_buffer:
+                written.append((row.momentum_buffer, row.momentum_buffer + size))
+            if row.grad != row.param:
+                read.append((row.grad, row.grad + size))
+    written.sort()
+    begins, ends = ([span[side] for span in written] for side in (0, 1))
+    if any(map(gt, ends, begins[1:])):
+        return True
+    for begin, end in read:
+        at = bisect_right(ends, begin)
+        if at < len(begins) and begins[at] < end:
+            return True
+    return False
