@@ -92,6 +92,17 @@ class Meddling(Tensor):
         return result
 
 
+SHAPES: list[tuple[int, ...]] = [(5,), (4, 8), (67,), (), (2, 3, 3)]
+
+
+def some_params() -> list[Tensor]:
+    return [leaf(values(shape, seed=i)) for i, shape in enumerate(SHAPES)]
+
+
+def leaf_of_ones() -> Tensor:
+    return torch.ones(2, requires_grad=True)
+
+
 def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(BITS[tensor.element_size()])
 
@@ -199,3 +210,29 @@ def outcome(call: Callable[[], Any]) -> Any:
         return call()
     except Exception as error:
         return type(error), str(error)
+
+
+def class_or_value(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        return type(error)
+
+
+def assert_same(run: Callable[[Any], Any], what: str = "") -> Any:
+    """`run` of an optimizer's class returns tensors, in lists, or whatever else can be compared."""
+    ours, theirs = class_or_value(lambda: run(fastopt.SGD)), class_or_value(lambda: run(for_loop))
+    _compare(ours, theirs, what)
+    return theirs
+
+
+def _compare(ours: Any, theirs: Any, what: str) -> None:
+    if isinstance(theirs, (list, tuple)):
+        assert type(ours) is type(theirs) and len(ours) == len(theirs), what
+        for i, (mine, stock) in enumerate(zip(ours, theirs, strict=True)):
+            _compare(mine, stock, f"{what} {i}")
+    elif isinstance(theirs, Tensor):
+        assert isinstance(ours, Tensor), (what, ours)
+        assert_same_bits(ours.detach().resolve_neg(), theirs.detach().resolve_neg(), what)
+    else:
+        assert ours == theirs, what

@@ -20,7 +20,7 @@ VALUES = [
     "test_cross_entropy_threads.py::test_threads_may_share_the_logits",
     "test_sgd.py::test_all_sizes_in_one_step_equal_the_for_loop_bitwise[torch.float32-plain]",
     "test_sgd.py::test_misaligned_operands_equal_the_for_loop_bitwise[torch.float32]",
-    "test_sgd_faces.py::test_state_dict_has_stocks_format[default]",
+    "test_sgd_state.py::test_state_dict_has_stocks_format[default]",
     "test_sgd_threads.py::test_the_same_bits_from_run_to_run",
 ]
 # Runs the tests that it is given with kernels that never serve.

@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: the cases of test_sgd_cuda.py in Triton's interpreter, and the
+"""The Triton kernel without a GPU: the cases of every GPU kernel in Triton's interpreter, and the
 kernel compiled ahead of time for four GPUs.
 
 Both run in a process of their own: whether a kernel is interpreted is settled when it is defined.
@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-import test_sgd_cuda
+import sgd_device_cases
+import sgd_device_state_cases
 from child import run_python
+from sgd_device import Device
 from sgd_oracle import DTYPES, outcome
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -21,11 +23,12 @@ pytestmark = pytest.mark.xdist_group("sgd_triton")
 
 # Every branch of the rule once, and every operand at once: a program takes the interpreter 1 ms.
 RULES = ("plain", "plain_decay", "momentum", "damped_decay_max", "nesterov", "nesterov_decay_max")
+GPU_CASES = [*sgd_device_cases.CASES, *sgd_device_state_cases.CASES]
 CASES: dict[str, Callable[[Any], None]] = {
-    **{case.__name__.removeprefix("check_"): case for case in test_sgd_cuda.CASES},
-    **{f"alignment_{d}": partial(test_sgd_cuda.check_alignment, dtype=d) for d in DTYPES},
+    **{case.__name__.removeprefix("check_"): case for case in GPU_CASES},
+    **{f"alignment_{d}": partial(sgd_device_cases.check_alignment, dtype=d) for d in DTYPES},
     **{
-        f"{option}_{dtype}": partial(test_sgd_cuda.check_options, dtype=dtype, option=option)
+        f"{option}_{dtype}": partial(sgd_device_cases.check_options, dtype=dtype, option=option)
         for option in RULES
         for dtype in DTYPES
     },
@@ -36,7 +39,7 @@ def run_all() -> None:
     """In a process with TRITON_INTERPRET=1: print what became of each case."""
     from fastopt.kernels import sgd
 
-    device = test_sgd_cuda.Device(partial(sgd.run, processors=1), rounds_bfloat16=False, rows=80)
+    device = Device(partial(sgd.run, processors=1), rounds_bfloat16=False, rows=80)
     print(
         json.dumps(
             {name: outcome(partial(case, device)) for name, case in CASES.items()}, default=str
