@@ -75,6 +75,14 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
             pytest.fail(served.why_not(DEVICE) or "torch alone answered", pytrace=False)
 
 
+@pytest.fixture
+def filled_empties() -> Iterator[None]:
+    """Make torch fill fresh memory with NaN, so that reading it before writing cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> Iterator[None]:
     """Every test starts from the same random state and leaves torch's settings as they were."""

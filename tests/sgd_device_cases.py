@@ -33,6 +33,8 @@ from sgd_oracle import (
     set_grads,
     snapshot,
     train,
+    train_distributed,
+    train_on_some,
     values,
 )
 
@@ -156,20 +158,7 @@ def check_mixed_dtypes(device: Device) -> None:
 
 def check_late_gradients(device: Device) -> None:
     """Parameters whose first gradient comes later than others', and gradients that pause (B3)."""
-    generator = torch.Generator().manual_seed(1)
-    present = torch.rand(8, 12, generator=generator) < 0.4
-    present[:5, 11] = present[:5, 0] = False
-
-    def run(make: Any) -> list[Snapshot]:
-        optimizer = make([leaf(values(20 + n, seed=n)) for n in range(12)], **DAMPED)
-
-        def mask(step: int) -> None:
-            for p, has_grad in zip(all_params(optimizer), present[step], strict=True):
-                p.grad = p.grad if has_grad else None
-
-        return train(optimizer, steps=8, before_step=mask)
-
-    device.check(run)
+    device.check(lambda make: train_on_some(make, **DAMPED))
 
 
 def check_options_on_the_device(device: Device) -> None:
@@ -421,40 +410,19 @@ def check_refusals(device: Device) -> None:
 
 def check_distributed_tensors(device: Device) -> None:
     """DTensors are updated shard by shard, beside plain tensors; buffers are DTensors (B10)."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-
-    def run(make: Any) -> list[Tensor]:
-        params = [leaf(values(21))] + [
-            torch.nn.Parameter(distribute_tensor(values((4, 6), seed=k), mesh, [placement]))
-            for k, placement in enumerate((Shard(0), Shard(1), Replicate()))
-        ]
-        optimizer = make(params, **DAMPED)
-        for step in range(3):
-            for p in params:
-                grad = values(p.shape, seed=step)
-                p.grad = grad if p is params[0] else distribute_tensor(grad, mesh, p.placements)
-            versions = [p._version for p in params]
-            optimizer.step()
-            assert [p._version for p in params] == [v + 1 for v in versions]
-        buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
-        for param, buffer in zip(params[1:], buffers[1:], strict=True):
-            assert type(buffer) is DTensor and buffer.placements == param.placements
-        return [t.full_tensor() if isinstance(t, DTensor) else t for t in params + buffers]
-
     before = len(device.launched)
     try:
         with device.in_place():
-            ours = run(fastopt.SGD)
-        theirs = run(for_loop)
+            ours = train_distributed(fastopt.SGD, mesh, **DAMPED)
+        theirs = train_distributed(for_loop, mesh, **DAMPED)
     finally:
         dist.destroy_process_group()
     sizes = [[row.numel for row in launch.rows] for launch in device.launched[before:]]
     assert sizes == [[21, 24, 24, 24]] * 3, "the kernels took all"
     for mine, stock in zip(ours, theirs, strict=True):
-        assert_same_bits(mine.detach(), stock.detach())
+        assert_same_bits(mine, stock)
 
 
 CASES: list[Callable[[Device], None]] = [

@@ -198,6 +198,46 @@ def train(
     return history
 
 
+def train_on_some(make: Any, **options: Any) -> list[Snapshot]:
+    """Ten steps in which each parameter has a gradient now and then: the first and the last begin
+    late."""
+    generator = torch.Generator().manual_seed(1)
+    present = torch.rand(10, 12, generator=generator) < 0.4
+    present[:5, 11] = present[:5, 0] = False
+    optimizer = make([leaf(values(20 + n, seed=n)) for n in range(12)], **options)
+
+    def mask(step: int) -> None:
+        for p, has_grad in zip(all_params(optimizer), present[step], strict=True):
+            p.grad = p.grad if has_grad else None
+
+    return train(optimizer, steps=10, before_step=mask)
+
+
+def train_distributed(make: Any, mesh: Any, **options: Any) -> list[Tensor]:
+    """Three steps of a plain parameter beside DTensors of every placement: all parameters, then
+    their momentum buffers, whole."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    params = [leaf(values(21))] + [
+        torch.nn.Parameter(distribute_tensor(values((4, 6), seed=k), mesh, [placement]))
+        for k, placement in enumerate((Shard(0), Shard(1), Replicate()))
+    ]
+    optimizer = make(params, **options)
+    for step in range(3):
+        for p in params:
+            grad = values(p.shape, seed=step)
+            p.grad = grad if p is params[0] else distribute_tensor(grad, mesh, p.placements)
+        versions = [p._version for p in params]
+        optimizer.step()
+        assert [p._version for p in params] == [v + 1 for v in versions]
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
+    assert type(buffers[0]) is Tensor
+    for param, buffer in zip(params[1:], buffers[1:], strict=True):
+        assert type(buffer) is DTensor and buffer.placements == param.placements
+    whole = (t.full_tensor() if isinstance(t, DTensor) else t for t in params + buffers)
+    return [t.detach() for t in whole]
+
+
 def assert_same_history(ours: list[Snapshot], theirs: list[Snapshot], what: str = "") -> None:
     assert len(ours) == len(theirs)
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):

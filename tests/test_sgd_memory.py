@@ -647,22 +647,6 @@ def test_data_of_another_dtype_steps_as_if_it_had_always_been_there(dtype: torch
     assert_same_history(train(optimizer), train(reference))
 
 
-def test_gradients_come_and_go() -> None:
-    generator = torch.Generator().manual_seed(3)
-    present = torch.rand(12, 9, generator=generator) < 0.5
-
-    def run(make: Any) -> Any:
-        optimizer = make([leaf(values(10 + n, seed=n)) for n in range(9)], **FULL)
-
-        def mask(step: int) -> None:
-            for p, has_grad in zip(all_params(optimizer), present[step], strict=True):
-                p.grad = p.grad if has_grad else None
-
-        return train(optimizer, steps=12, before_step=mask)
-
-    assert_same_history(run(fastopt.SGD), run(for_loop))
-
-
 def test_a_dropped_optimizer_frees_its_parameters() -> None:
     import gc
     import weakref

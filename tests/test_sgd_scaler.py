@@ -28,9 +28,18 @@ from sgd_oracle import (
     values,
 )
 
-OVERFLOWS = {"never": (), "first": (0,), "later": (3,), "twice": (2, 3), "first_two": (0, 1)}
+OVERFLOWS = {
+    "never": (),
+    "first": (0,),
+    "later": (2,),
+    "after_growth": (3,),
+    "first_two": (0, 1),
+    "first_and_later": (0, 2, 3),
+    "twice": (2, 3),
+}
 
 
+@pytest.mark.usefixtures("filled_empties")
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("overflow", OVERFLOWS)
 @pytest.mark.parametrize("flag", FLAGS)
@@ -38,6 +47,8 @@ OVERFLOWS = {"never": (), "first": (0,), "later": (3,), "twice": (2, 3), "first_
 def test_grad_scaler_steps_skips_and_unscales(
     option: str, flag: str, overflow: str, clip: bool
 ) -> None:
+    """Stock's fused path stores an empty buffer, skips the overflowing first step, then reads it."""
+
     def run(make: Any, **flags: Any) -> Any:
         params = some_params()
         optimizer = make(params, **{**OPTIONS[option], **flags})
@@ -52,8 +63,11 @@ def test_grad_scaler_steps_skips_and_unscales(
             if clip:
                 scaler.unscale_(optimizer)
                 seen.append(torch.nn.utils.clip_grad_norm_(params, 0.5))
+            before = snapshot(optimizer)
             assert scaler.step(optimizer) is None
-            if step not in OVERFLOWS[overflow]:
+            if step in OVERFLOWS[overflow]:
+                assert_same_state(optimizer, before, f"skipped step {step}")
+            else:
                 seen += [p.grad.clone() for p in params]  # unscaled, for whoever logs them
             scaler.update()
             seen.append(torch.tensor(scaler.get_scale()))
@@ -63,6 +77,7 @@ def test_grad_scaler_steps_skips_and_unscales(
 
     ours, theirs = run(fastopt.SGD, **FLAGS[flag]), run(torch.optim.SGD, **FLAGS["for_loop"])
     assert_same_history(ours[0], theirs[0])
+    assert all(p.isfinite().all() for p in ours[0][-1].params)
     for mine, stock in zip(ours[1], theirs[1], strict=True):
         assert_same_bits(mine, stock)
 

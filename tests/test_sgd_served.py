@@ -18,10 +18,8 @@ from accuracy import assert_as_accurate
 from sgd_oracle import (
     DAMPED,
     DTYPES,
-    EXACT_DTYPES,
     FLAGS,
     FULL,
-    HALF_DTYPES,
     OPTIONS,
     SMALL_SIZES,
     all_params,
@@ -390,28 +388,6 @@ def test_inference_gradients_and_buffers() -> None:
 
 
 @pytest.mark.stock
-def test_dispatch_modes_see_the_update() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Log(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.calls: list[str] = []
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            self.calls.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    optimizer = fastopt.SGD([leaf(values(40))], **DAMPED)
-    set_grads(all_params(optimizer), seed=1)
-    with Log() as log:
-        optimizer.step()
-    assert any("add" in call for call in log.calls)
-
-
-@pytest.mark.stock
 def test_fake_tensors_are_not_computed() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -487,8 +463,3 @@ def test_a_compiled_training_loop_with_an_eager_step_inside_and_outside() -> Non
     torch._dynamo.reset()
     for mine, stock in zip(ours, run(for_loop, True), strict=True):
         assert_same_bits(mine, stock)
-
-
-def test_the_dtypes_split_into_exact_and_half() -> None:
-    # The grids above are complete: what the kernels serve is one of the two.
-    assert set(EXACT_DTYPES) | set(HALF_DTYPES) == set(DTYPES)
