@@ -14,7 +14,7 @@ OLD_TRITON ?= 3.6.0
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --quiet
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/* tests/kernels/*)
+CPP := $(shell find csrc tests/emulation tests/kernels -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 # The tests that enter every branch of the kernels, and those that also ask for trouble.
 SANITIZE_TESTS := tests/test_cross_entropy.py tests/test_sgd.py \
 	$(foreach part,errors ops memory threads cuda, \

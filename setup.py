@@ -99,7 +99,8 @@ NVCC_FLAGS = [
 CUDA_LIBRARIES = ["-lstdc++", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
 CUDA_LIBRARIES += ["-lrt", "-ldl", "-lpthread"]
 
-# Every *_kernels.cpp is compiled once per level; csrc/cpu/levels.cpp picks one at run time.
+# Every unit that names FASTOPT_LEVEL is compiled once per level; csrc/cpu/levels.cpp picks one at
+# run time.
 BASELINE = {"baseline": []}
 X86_LEVELS = BASELINE | {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
 
@@ -217,24 +218,29 @@ def cuda_major(toolkit: Path) -> int:
 Unit = tuple[Path, str, list[str]]
 
 
+def sources(folder: str, suffix: str) -> Iterator[tuple[Path, str]]:
+    """Every source below a folder of csrc/, and a name for its objects."""
+    for source in sorted(Path("csrc", folder).rglob(f"*{suffix}")):
+        yield source, "_".join(source.with_suffix("").parts[2:])
+
+
 def host_units() -> list[Unit]:
     """What the CPU and the CUDA library have in common."""
-    return [(path, f"{path.stem}.o", []) for path in sorted(Path("csrc/host").glob("*.cpp"))]
+    return [(source, f"{name}.o", []) for source, name in sources("host", ".cpp")]
 
 
 def cpu_units(machine: str) -> Iterator[Unit]:
     yield from host_units()
-    for source in sorted(Path("csrc/cpu").glob("*.cpp")):
-        if source.stem.endswith("_kernels"):
+    for source, name in sources("cpu", ".cpp"):
+        if "FASTOPT_LEVEL" in source.read_text():
             for level, flags in (X86_LEVELS if machine == "x86_64" else BASELINE).items():
-                yield source, f"{source.stem}.{level}.o", [f"-DFASTOPT_LEVEL={level}", *flags]
+                yield source, f"{name}.{level}.o", [f"-DFASTOPT_LEVEL={level}", *flags]
         else:
-            yield source, f"{source.stem}.o", []
+            yield source, f"{name}.o", []
 
 
-def cuda_units() -> Iterator[Unit]:
-    for source in sorted(Path("csrc/cuda").glob("*.cu")):
-        yield source, f"{source.stem}.o", []
+def cuda_units() -> list[Unit]:
+    return [(source, f"{name}.o", []) for source, name in sources("cuda", ".cu")]
 
 
 def cuda_compiler(torch: Torch, toolkit: Path, archs: list[str], strict: bool) -> list[str]:
@@ -502,8 +508,8 @@ class Wheel(bdist_wheel):
 if __name__ == "__main__":  # tools/ and packaging/cuda13/setup.py import what stands above
     setup(
         ext_modules=[
-            Extension("fastopt._C", [str(source) for source in Path("csrc").glob("*/*.cpp")]),
-            Extension("fastopt._CUDA", [str(source) for source in Path("csrc").glob("*/*.cu")]),
+            Extension("fastopt._C", [str(source) for source in Path("csrc").rglob("*.cpp")]),
+            Extension("fastopt._CUDA", [str(source) for source in Path("csrc").rglob("*.cu")]),
         ],
         cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
     )

@@ -30,7 +30,8 @@ LEVELS = setup.X86_LEVELS if MACHINE == "x86_64" else setup.BASELINE
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = setup.build_cpu_library(strict=True).parent
-    kernels = [*folder.glob("*_kernels.*.o"), folder / "levels.o"]
+    kernels = [folder / name for _, name, flags in setup.cpu_units(MACHINE) if flags]
+    kernels.append(folder / "levels.o")
     target = tmp_path_factory.mktemp("kernels") / MACHINE
     # Sums and products are rounded as they are written: SGD's expected bits are computed by them.
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Icsrc"]

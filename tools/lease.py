@@ -272,7 +272,7 @@ def source_hash(*patterns: str) -> str:
 def library_source() -> str:
     """Of all that the libraries are compiled from."""
     return source_hash(
-        "csrc/*/*.h", "csrc/*/*.cpp", "csrc/*/*.cu", "setup.py", "fastopt/__init__.py"
+        "csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "setup.py", "fastopt/__init__.py"
     )
 
 

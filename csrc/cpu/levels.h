@@ -1,5 +1,5 @@
-// Which SIMD level runs. Every *_kernels.cpp is compiled once per level, in its own namespace;
-// FASTOPT_DISPATCH picks the one of this machine.
+// Which SIMD level runs. Every unit that names FASTOPT_LEVEL is compiled once per level, in the
+// namespace of that name; FASTOPT_DISPATCH picks the one of this machine.
 #pragma once
 
 #if defined(__x86_64__)

@@ -1,8 +1,9 @@
-// The CPU kernels alone, without torch or Python: every entry point of csrc/cpu/cross_entropy.h and
-// csrc/cpu/sgd.h at the SIMD level of this machine (FASTOPT_SIMD caps it), so that they can be
-// tested where torch is not, as under an emulator of another machine. Values are compared with the
-// formula in long double; an error is allowed as many roundings as the kernel's chain of operations
-// has. Prints what failed and how many comparisons were made; exits with 1 if any failed.
+// The CPU kernels alone, without torch or Python: every entry point of
+// csrc/cpu/cross_entropy/params.h and csrc/cpu/sgd.h at the SIMD level of this machine
+// (FASTOPT_SIMD caps it), so that they can be tested where torch is not, as under an emulator of
+// another machine. Values are compared with the formula in long double; an error is allowed as many
+// roundings as the kernel's chain of operations has. Prints what failed and how many comparisons
+// were made; exits with 1 if any failed.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/cross_entropy.h"
+#include "cpu/cross_entropy/params.h"
 #include "cpu/sgd.h"
 
 extern "C" const char* fastopt_simd_level();

@@ -1,7 +1,13 @@
-// The seam between torch and the CPU cross-entropy kernels: a plain struct, no torch type.
+// The seam between torch and the CPU kernels of cross-entropy: plain structs, no torch type. Three
+// ways through the same formula (csrc/rules/softmax.h), chosen by launch.cpp from the layout:
+//
+//   rows      classes contiguous; row.h has the sums and the gradient of a row
+//   segments  the same for a few very long rows, which all cores share
+//   tiles     classes strided, or few
+//
 #pragma once
 
-#include "levels.h"
+#include "cpu/levels.h"
 #include "rules/cross_entropy.h"
 
 namespace fastopt {
@@ -13,7 +19,7 @@ struct CrossEntropyParams : CrossEntropyProblem {
   double* partial_loss;          // one per task: the sum of its rows' losses, in float64
   double upstream;               // what the gradient is multiplied by
 
-  // How rows are cut into tasks (`plan` in cross_entropy.cpp).
+  // How rows are cut into tasks (launch.cpp).
   int64_t rows_per_task;            // rows
   bool caches_exps;                 // rows: the scratch has room for a row's exponentials
   int64_t segments;                 // segments: every row is cut into this many parts

@@ -1,7 +1,5 @@
 // Softmax cross-entropy on CPU, the side that faces torch: checks, views, the plan (which kernel,
 // how the work is cut), and the registration of the ops whose schemas stand in fastopt/ops.py.
-#include "cross_entropy.h"
-
 #include <sys/mman.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -18,6 +16,7 @@
 #include <vector>
 
 #include "host/cross_entropy.h"
+#include "params.h"
 
 namespace fastopt {
 namespace {
