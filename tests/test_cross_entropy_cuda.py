@@ -753,7 +753,7 @@ ARCHITECTURES = [
 def cubin(request: pytest.FixtureRequest) -> Path:
     """The kernels for one architecture, with the compiler's report beside them."""
     include = Path(torch.__file__).parent / "include"
-    source = ROOT / "csrc/cuda/cross_entropy.cu"
+    source = ROOT / "csrc/cuda/cross_entropy/launch.cu"
     return compiled(
         ROOT / f"build/emulation/cross_entropy.{request.param}.cubin",
         [source, *(ROOT / "csrc").rglob("*.h")],

@@ -234,7 +234,7 @@ def test_a_step_names_what_exists(number: int) -> None:
 # -- tools/smoke.py ---------------------------------------------------------------------------------
 
 PLAN = """
-#include "cuda/cross_entropy_plan.h"
+#include "cuda/cross_entropy/plan.h"
 using namespace fastopt::gpu;
 extern "C" int plan(int64_t rows, int64_t classes, int64_t bytes, int64_t contiguous,
                     int64_t reads_twice, int64_t pairs) {

@@ -20,7 +20,7 @@ def sources(family: str, kernel: str) -> list[Path]:
     cuda, rules = ROOT / "csrc/cuda", ROOT / "csrc/rules"
     shared = {"sgd": [ROOT / "csrc/host/sgd_table.h"], "cross_entropy": [rules / "softmax.h"]}[op]
     shared += [cuda / "primitives.h", rules / "types.h", rules / f"{op}.h"]
-    return sorted([*cuda.glob(f"{op}*"), *shared])
+    return sorted([*cuda.glob(f"{op}.*"), *cuda.glob(f"{op}/*"), *shared])
 
 
 def source_hash(family: str, kernel: str) -> str:
@@ -32,7 +32,7 @@ def source_hash(family: str, kernel: str) -> str:
 
 def kernels() -> set[tuple[str, str]]:
     found = set()
-    for path in (ROOT / "csrc/cuda").glob("*.h"):
+    for path in (ROOT / "csrc/cuda").rglob("*.h"):
         text = re.sub(r"#define.*", "", path.read_text())
         names = re.findall(r"FASTOPT_KERNEL\s+void\s+(?:FASTOPT_BOUNDS\([^)]*\)\s*)?(\w+)", text)
         found |= {("cuda", name) for name in names}

@@ -5,7 +5,7 @@
 
 namespace fastopt::gpu {
 
-const void* a_cross_entropy_kernel();  // cross_entropy.cu
+const void* a_cross_entropy_kernel();  // cross_entropy/launch.cu
 const void* the_sgd_kernel();          // sgd.cu
 
 }  // namespace fastopt::gpu

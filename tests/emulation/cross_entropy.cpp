@@ -1,7 +1,7 @@
 // The CUDA kernels of cross-entropy on the CPU, registered as the ops of a library of their own,
 // fastopt_emulated (tests/emulated.py): launcher, plan and kernels are those of the CUDA library,
 // but for the device, which is what the test says.
-#include "cuda/cross_entropy_call.h"
+#include "cuda/cross_entropy/call.h"
 
 using namespace fastopt;
 using namespace fastopt::gpu;

@@ -90,7 +90,7 @@ constexpr int kMaxParts = 256;
 constexpr int kSumThreads = 256;
 constexpr int kSumItems = 8;  // of one thread, before another block takes part
 
-// What the kernels keep in shared memory before what they hold (BlockShared in cross_entropy.h):
+// What the kernels keep in shared memory before what they hold (BlockShared in common.h):
 // four numbers for each warp, twice, a float64 for each warp, and four more.
 FASTOPT_RULE constexpr int64_t block_shared_bytes(int64_t accumulate_bytes) {
   return 2 * kMaxWarps * 4 * accumulate_bytes + kMaxWarps * 8 + 32;

@@ -4,8 +4,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "cross_entropy_call.h"
-#include "library.h"
+#include "call.h"
+#include "cuda/library.h"
 
 namespace fastopt {
 namespace {

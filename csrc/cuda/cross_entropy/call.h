@@ -7,7 +7,7 @@
 #include <optional>
 #include <utility>
 
-#include "cross_entropy.h"
+#include "dispatch.h"
 #include "host/cross_entropy.h"
 
 namespace fastopt::gpu {
