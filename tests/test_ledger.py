@@ -18,7 +18,10 @@ def sources(family: str, kernel: str) -> list[Path]:
             ROOT / f"fastopt/kernels/{op}.py"
         ]
     cuda, rules = ROOT / "csrc/cuda", ROOT / "csrc/rules"
-    shared = {"sgd": [ROOT / "csrc/host/sgd_table.h"], "cross_entropy": [rules / "softmax.h"]}[op]
+    shared = {
+        "sgd": [ROOT / "csrc/host/sgd_table.h"],
+        "cross_entropy": [rules / "softmax.h", rules / "target.h"],
+    }[op]
     shared += [cuda / "primitives.h", rules / "types.h", rules / f"{op}.h"]
     return sorted([*cuda.glob(f"{op}.*"), *cuda.glob(f"{op}/*"), *shared])
 

@@ -100,10 +100,6 @@ FASTOPT_DEVICE void wait_for_copies() {
   __pipeline_wait_prior(0);
 }
 
-// a * b rounded by itself, never part of a fused multiply-add.
-FASTOPT_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
-FASTOPT_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
-
 // exp(x) to a relative error of 2^-20 down to -10, and of 2^-18 at -80, where the rounded product
 // is off by up to 2^-18; what is below 2^-126 becomes 0. Two instructions, where expf takes eight:
 // at half precision's two passes over memory the instructions are what limits.

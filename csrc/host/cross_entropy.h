@@ -184,6 +184,14 @@ inline View viewed(const Tensor& t) {
 
 // ---- one call ----
 
+// The options of a call, in the order of the ops' schemas.
+struct CrossEntropyOptions {
+  std::optional<Tensor> weight;
+  int64_t ignore_index = -100;
+  double label_smoothing = 0;
+  int64_t reduction = kSum;
+};
+
 // The arguments that every op shares, checked, and the params that follow from them. Params is a
 // CrossEntropyProblem and whatever its kernels need besides.
 template <class Params>
@@ -200,19 +208,18 @@ struct CrossEntropyCall {
   std::optional<Tensor> weight;
 
   CrossEntropyCall(const Tensor& logits_in, const Tensor& target_in,
-                   const std::optional<Tensor>& weight_in, int64_t ignore_index,
-                   double label_smoothing, int64_t reduction_in)
-      : place(place_of(logits_in)), logits(logits_in), target(target_in), weight(weight_in) {
+                   const CrossEntropyOptions& options)
+      : place(place_of(logits_in)), logits(logits_in), target(target_in), weight(options.weight) {
     check_place({&target});
     if (weight) check_place({&*weight});
     check(logits.dim() >= 1, "logits must have a class dimension");
-    check(reduction_in >= kNone && reduction_in <= kSum, "reduction must be 0, 1 or 2");
-    check(!(label_smoothing > 1.0), "label_smoothing must be at most 1");
-    reduction = static_cast<Reduction>(reduction_in);
+    check(options.reduction >= kNone && options.reduction <= kSum, "reduction must be 0, 1 or 2");
+    check(!(options.label_smoothing > 1.0), "label_smoothing must be at most 1");
+    reduction = static_cast<Reduction>(options.reduction);
     accumulate = accumulate_type(logits.scalar_type());
     p.logits_type = element_of(logits.scalar_type());
-    p.ignore_index = ignore_index;
-    smoothing = label_smoothing > 0 ? label_smoothing : 0;  // as torch: NaN is off
+    p.ignore_index = options.ignore_index;
+    smoothing = options.label_smoothing > 0 ? options.label_smoothing : 0;  // as torch: NaN is off
 
     const int64_t dim = logits.dim();
     p.batch = dim == 1 ? 1 : logits.size(0);
@@ -328,7 +335,7 @@ template <class Call>
 Tensor cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
                              int64_t ignore_index, double label_smoothing, int64_t reduction,
                              ScalarType loss_dtype) {
-  return Call(logits, target, weight, ignore_index, label_smoothing, reduction).loss(loss_dtype);
+  return Call(logits, target, {weight, ignore_index, label_smoothing, reduction}).loss(loss_dtype);
 }
 
 template <class Call>
@@ -336,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward(
     Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
     double label_smoothing, int64_t reduction, ScalarType loss_dtype,
     std::optional<Tensor> largest_mass) {
-  Call call(logits, target, weight, ignore_index, label_smoothing, reduction);
+  Call call(logits, target, {weight, ignore_index, label_smoothing, reduction});
   call.check_largest(largest_mass);
   const auto [grad_logits, unit] = call.want_gradient(largest_mass);
   const Tensor loss = call.loss(loss_dtype);
@@ -351,8 +358,9 @@ void cross_entropy_scale(Tensor grad_logits, Tensor factor, Tensor target, int64
         "grad_logits must be dense, as the ops return it");
   check(grad_logits.dim() == 0 || view_strides(grad_logits),
         "grad_logits must have a layout of the ops' own");
-  CrossEntropyCall<CrossEntropyProblem> call(grad_logits, target, std::nullopt, ignore_index, 0,
-                                             kSum);
+  CrossEntropyOptions options;
+  options.ignore_index = ignore_index;
+  CrossEntropyCall<CrossEntropyProblem> call(grad_logits, target, options);
   call.check_place({&factor});
   check(factor.numel() == 1 || factor.numel() == call.rows,
         "factor must be one number, or one for each row");

@@ -11,6 +11,11 @@ struct Strides {
   int64_t batch, cls, position;
 };
 
+FASTOPT_RULE int64_t row_offset(const Strides& strides, int64_t row, int64_t positions) {
+  if (positions == 1) return row * strides.batch;  // a division is not free
+  return row / positions * strides.batch + row % positions * strides.position;
+}
+
 struct CrossEntropyProblem {
   int64_t batch, classes, positions;  // rows = batch * positions; row r = (r / positions, r % ...)
   Element logits_type;

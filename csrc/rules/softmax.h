@@ -4,10 +4,7 @@
 //     loss        = a log(sum_c exp(x_c - m)) - sum_c q_c (x_c - m)
 //     d loss/dx_c = a p_c - q_c
 //
-// covers every variant (index y, weight w, smoothing e, C classes; probabilities t):
-//
-//     class index     q_c = (1 - e) w_y [c = y] + (e / C) w_c
-//     probabilities   q_c = w_c ((1 - e) t_c + e / C)
+// covers every variant (target.h has q of class indices and of probabilities).
 //
 // m and the logarithm stay apart: a log-sum-exp that holds m loses the digits of the loss under a
 // large common offset of the logits.
@@ -110,6 +107,12 @@ FASTOPT_RULE bool is_doubtful(A loss, A sum) {
 template <class A>
 FASTOPT_RULE A softmax_factor(RowStats<A> row) {
   return row.mass / row.sum;
+}
+
+// up (a p_y - q_y) of the true class; NaN for an infinite up, where torch has inf - inf.
+template <class A>
+FASTOPT_RULE A true_gradient(A up, A softmax_mass, A mass) {
+  return up * (softmax_mass - mass) + (up - up);
 }
 
 }  // namespace fastopt

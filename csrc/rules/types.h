@@ -129,6 +129,26 @@ FASTOPT_RULE Half round_to(Half, float x) {
 #endif
 }
 
+// a * b rounded by itself, never part of a fused multiply-add.
+FASTOPT_RULE float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  float result = a * b;
+  __asm__("" : "+m"(result));
+  return result;
+#endif
+}
+FASTOPT_RULE double product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  double result = a * b;
+  __asm__("" : "+m"(result));
+  return result;
+#endif
+}
+
 template <class T>
 FASTOPT_RULE T from_acc(Acc<T> x) {
   return round_to(T{}, x);

@@ -270,8 +270,6 @@ FASTOPT_DEVICE void wait_for_copies() {
   emulator.current->copies.clear();
 }
 
-FASTOPT_DEVICE float product(float a, float b) { return a * b; }
-FASTOPT_DEVICE double product(double a, double b) { return a * b; }
 FASTOPT_DEVICE float exp_approximate(float x) { return std::exp(x); }
 
 }  // namespace fastopt::gpu

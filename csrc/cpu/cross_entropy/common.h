@@ -8,6 +8,7 @@
 #include "cpu/simd.h"
 #include "params.h"
 #include "rules/softmax.h"
+#include "rules/target.h"
 
 namespace fastopt {
 namespace FASTOPT_LEVEL {
@@ -44,14 +45,14 @@ struct CrossEntropy {
   explicit CrossEntropy(const CrossEntropyParams& params) : p(params) {}
 
   int64_t offset(const Strides& strides, int64_t row) const {
-    return row / p.positions * strides.batch + row % p.positions * strides.position;
+    return row_offset(strides, row, p.positions);
   }
 
   // The label of a row, or -1 where it is ignored. The launcher has refused labels out of range;
   // testing again here keeps reads in bounds whatever another thread writes meanwhile.
   int64_t label(int64_t row) const {
     const int64_t y = p.labels[row];
-    return y == p.ignore_index || y < 0 || y >= p.classes ? -1 : y;
+    return counts(y, p.ignore_index, p.classes) ? y : -1;
   }
 
   // The true class's own mass (1 - e) w_y, and its q_y, which adds its share of the smoothing.
@@ -61,9 +62,8 @@ struct CrossEntropy {
     return true_mass(y);
   }
 
-  // up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
   A true_gradient(A softmax_mass, int64_t y) const {
-    return up * (softmax_mass - total_mass(y)) + (up - up);
+    return fastopt::true_gradient(up, softmax_mass, total_mass(y));
   }
 
   // sum_c q_c (log(sum) - (x_c - max)), a term for each class that has mass, as torch adds them up.
@@ -80,7 +80,8 @@ struct CrossEntropy {
       A q = kWeight ? smoothing_masses[c] : uniform;
       if constexpr (!kLabels) {
         const TT* const t = probabilities + offset(p.target_strides, r);
-        q += (kWeight ? true_masses[c] : keep) * to_acc(t[c * p.target_strides.cls]);
+        const A own = kWeight ? true_masses[c] : keep;
+        q = probability_mass<A>(to_acc(t[c * p.target_strides.cls]), own, q);
       }
       loss += term(c, q);
     }

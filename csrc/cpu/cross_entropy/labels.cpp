@@ -1,5 +1,6 @@
 // Which labels count, and whether all of them are in range.
 #include "params.h"
+#include "rules/target.h"
 
 namespace fastopt {
 namespace FASTOPT_LEVEL {
@@ -9,9 +10,8 @@ LabelCount cross_entropy_count_labels(const int64_t* labels, int64_t count, int6
   int64_t valid = 0, out_of_range = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t used = labels[i] != ignore_index;
-    const int64_t wrong = static_cast<uint64_t>(labels[i]) >= static_cast<uint64_t>(classes);
     valid += used;
-    out_of_range += used & wrong;
+    out_of_range += used & !in_range(labels[i], classes);
   }
   return {valid, out_of_range};
 }

@@ -17,6 +17,7 @@
 
 #include "host/cross_entropy.h"
 #include "params.h"
+#include "rules/target.h"
 
 namespace fastopt {
 namespace {
@@ -91,8 +92,7 @@ void scale_by_no_number(const CrossEntropyProblem& p, const void* factors, bool 
   const int64_t rows = p.batch * p.positions;
   parallel(rows, std::max<int64_t>(1, kTaskLogits / p.classes), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      T* const row = static_cast<T*>(p.grad) + r / p.positions * p.grad_strides.batch +
-                     r % p.positions * p.grad_strides.position;
+      T* const row = static_cast<T*>(p.grad) + row_offset(p.grad_strides, r, p.positions);
       const A factor = static_cast<const A*>(factors)[one ? 0 : r];
       const bool ignored = p.labels != nullptr && p.labels[r] == p.ignore_index;
       const bool all = p.labels == nullptr || smoothed;
@@ -116,10 +116,8 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
   double total_weight = 0;  // the divisor of the mean
   std::optional<Tensor> masses;
 
-  Call(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& weight_in,
-       int64_t ignore_index, double label_smoothing, int64_t reduction_in)
-      : CrossEntropyCall(logits_in, target_in, weight_in, ignore_index, label_smoothing,
-                         reduction_in) {
+  Call(const Tensor& logits_in, const Tensor& target_in, const CrossEntropyOptions& options)
+      : CrossEntropyCall(logits_in, target_in, options) {
     p.smoothing_mass = smoothing;
     if (weight) {
       if (accumulate == ScalarType::Double) {
@@ -135,26 +133,25 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     }
   }
 
-  // Rounded once here, so that q_c is the same number wherever a kernel meets it: with one class
-  // a p - q is exactly 0.
+  // Own and even masses of every class (rules/target.h), for all rows.
   template <class A>
   void set_masses() {
     const A* const w = static_cast<const A*>(weight->const_data_ptr());
     masses = empty_strided({2, p.classes}, {p.classes, 1}, accumulate, place);
     A* const own = static_cast<A*>(masses->mutable_data_ptr());
-    A* const shared = own + p.classes;
+    A* const even = own + p.classes;
     // Compensated: added up one by one, a thousand float64 weights would lose three digits.
     double sum = 0, lost = 0;
     for (int64_t c = 0; c < p.classes; ++c) {
-      own[c] = static_cast<A>(p.keep) * w[c];
-      shared[c] = p.uniform > 0 ? static_cast<A>(p.uniform) * w[c] : A(0);  // not 0 * inf
-      const double mass = static_cast<double>(shared[c]), next = sum + mass;
+      own[c] = product(static_cast<A>(p.keep), w[c]);
+      even[c] = p.uniform > 0 ? product(static_cast<A>(p.uniform), w[c]) : A(0);  // not 0 * inf
+      const double mass = static_cast<double>(even[c]), next = sum + mass;
       lost += std::fabs(sum) >= std::fabs(mass) ? (sum - next) + mass : (mass - next) + sum;
       sum = next;
     }
     p.smoothing_mass = std::isfinite(sum) ? sum + lost : sum;
     p.true_masses = own;
-    p.smoothing_masses = shared;
+    p.smoothing_masses = even;
   }
 
   void count_labels() {
@@ -186,7 +183,7 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
   [[noreturn]] void refuse_labels() const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = p.labels[r];
-      if (y != p.ignore_index && (y < 0 || y >= p.classes))
+      if (y != p.ignore_index && !in_range(y, p.classes))
         throw std::out_of_range("Target " + std::to_string(y) + " is out of bounds.");
     }
     throw std::out_of_range("Target is out of bounds.");
@@ -198,7 +195,7 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     double sum = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = p.labels[r];
-      if (y != p.ignore_index && y >= 0 && y < p.classes) sum += static_cast<double>(w[y]);
+      if (counts(y, p.ignore_index, p.classes)) sum += static_cast<double>(w[y]);
     }
     return sum;
   }
@@ -331,12 +328,8 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     return torch::stable::to(of_rows, type);
   }
 
-  // Weights that add up to 0 divide by 0 as in torch, part by part: next to label smoothing's part
-  // the true classes' 0 / 0 makes everything NaN.
   double reduced(double value) const {
-    if (reduction != kMean) return value;
-    return total_weight == 0 && p.uniform > 0 ? std::numeric_limits<double>::quiet_NaN()
-                                              : value / total_weight;
+    return reduction == kMean ? mean_of(value, total_weight, p.uniform > 0) : value;
   }
 
   // Written by hand: at a hundred logits a call of aten::to is a tenth of everything.

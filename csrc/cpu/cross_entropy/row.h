@@ -48,7 +48,7 @@ struct ContiguousRow : CrossEntropy<T, TT, kMass, kWeight> {
       return shared;
     } else {
       if constexpr (kWeight) own = load_some(true_masses + c, n);
-      return own * load_some(t + c, n) + shared;
+      return probability_mass(load_some(t + c, n), own, shared);
     }
   }
 

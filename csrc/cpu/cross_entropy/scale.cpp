@@ -24,9 +24,7 @@ void cross_entropy_scale(const CrossEntropyScale& p, int64_t begin, int64_t end)
     if (p.one) return by_one(grad + begin, end - begin, *factors);
     if (p.strides.cls == 1) {
       for (int64_t r = begin; r < end; ++r) {
-        T* const row =
-            grad + r / p.positions * p.strides.batch + r % p.positions * p.strides.position;
-        by_one(row, p.classes, factors[r]);
+        by_one(grad + row_offset(p.strides, r, p.positions), p.classes, factors[r]);
       }
       return;
     }

@@ -177,7 +177,7 @@ struct Tiles : CrossEntropy<T, TT, kMass, kWeight> {
     if constexpr (kWeight) shared = splat<A>(smoothing_masses[c]);
     if constexpr (kLabels) return shared;  // tile.q holds nothing
     if constexpr (kWeight) own = splat<A>(true_masses[c]);
-    return own * load(tile.q + (c - c0) * tile.width + i) + shared;
+    return probability_mass(load(tile.q + (c - c0) * tile.width + i), own, shared);
   }
 
   // Online (max, sum, dot, mass) over one block of classes, per lane as in rules' merge; x becomes

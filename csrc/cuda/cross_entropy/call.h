@@ -16,10 +16,8 @@ namespace fastopt::gpu {
 // launch(kernel, blocks, threads, shared_bytes, cluster, params).
 template <class Launcher>
 struct Call : CrossEntropyCall<CrossEntropyParams> {
-  Call(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& weight_in,
-       int64_t ignore_index, double label_smoothing, int64_t reduction_in)
-      : CrossEntropyCall(logits_in, target_in, weight_in, ignore_index, label_smoothing,
-                         reduction_in) {
+  Call(const Tensor& logits_in, const Tensor& target_in, const CrossEntropyOptions& options)
+      : CrossEntropyCall(logits_in, target_in, options) {
     check(p.classes <= kMaxClasses, "logits may have at most 2^30 classes");
     p.weight = weight ? weight->const_data_ptr() : nullptr;
     p.mean = reduction == kMean;

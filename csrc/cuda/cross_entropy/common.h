@@ -5,6 +5,7 @@
 #include "lanes.h"
 #include "params.h"
 #include "rules/softmax.h"
+#include "rules/target.h"
 #include "words.h"
 
 namespace fastopt::gpu {
@@ -37,12 +38,6 @@ FASTOPT_DEVICE float scale_of(const CrossEntropyParams& p) {
 FASTOPT_DEVICE double total_weight(const CrossEntropyParams& p) {
   if (p.weight_parts != nullptr) return sum_of_parts(p.weight_parts, p.weight_part_count);
   return static_cast<double>(p.batch * p.positions);
-}
-
-// Weights that add up to 0 divide by 0 as in torch, part by part: next to label smoothing's part
-// the true classes' 0 / 0 makes everything NaN.
-FASTOPT_DEVICE double mean_of(const CrossEntropyParams& p, double value, double total) {
-  return total == 0 && p.uniform > 0 ? not_a_number<double>() : value / total;
 }
 
 // At the start of a block's shared memory.
@@ -81,8 +76,7 @@ struct CrossEntropy {
   FASTOPT_MEMBER int64_t rows() const { return p.batch * p.positions; }
 
   FASTOPT_MEMBER int64_t offset(const Strides& strides, int64_t row) const {
-    if (p.positions == 1) return row * strides.batch;
-    return row / p.positions * strides.batch + row % p.positions * strides.position;
+    return row_offset(strides, row, p.positions);
   }
 
   // What all rows share: the reduction's factor, and the mass that label smoothing gives a row. One
@@ -93,7 +87,7 @@ struct CrossEntropy {
       if (p.smoothing_parts != nullptr)
         smoothing = sum_of_parts(p.smoothing_parts, p.smoothing_part_count);
       double upstream = 1.0;
-      if (p.mean && p.grad != nullptr) upstream = mean_of(p, upstream, total_weight(p));
+      if (p.mean && p.grad != nullptr) upstream = mean_of(1.0, total_weight(p), p.uniform > 0);
       if (waits(p, upstream)) upstream = static_cast<double>(scale_of(p));
       if (thread_index() == 0) {
         shared.upstream = static_cast<A>(upstream);
@@ -143,8 +137,8 @@ struct CrossEntropy {
     return true_mass(y) + (weight != nullptr ? product(uniform, weight[y]) : uniform);
   }
 
-  // q of n classes, from t[t_at] (probabilities) and w[w_at] (class weights, or null) on. Products
-  // are rounded: q_c is the same number wherever it is met, and with one class a p - q is 0.
+  // q of n classes, from t[t_at] (probabilities) and w[w_at] (class weights, or null) on. The
+  // weight is multiplied last: one product for both parts of q_c.
   template <int n, Cache kCache>
   FASTOPT_MEMBER void masses(const TT* t, int64_t t_at, bool t_aligned, const A* w, int64_t w_at,
                              bool w_aligned, A* q) const {
@@ -153,7 +147,7 @@ struct CrossEntropy {
       for (int i = 0; i < n; ++i) q[i] = uniform;
     } else {
       load_some<n, kCache>(t + t_at, t_aligned, q);
-      for (int i = 0; i < n; ++i) q[i] = keep * q[i] + uniform;
+      for (int i = 0; i < n; ++i) q[i] = probability_mass(q[i], keep, uniform);
     }
     if (w != nullptr) {
       A factor[n];
@@ -221,9 +215,8 @@ struct CrossEntropy {
   FASTOPT_MEMBER Gradient gradient_of(const Row& row, const Stats& stats) const {
     Gradient g{row.ignored ? A(0) : shared.upstream, stats.max, softmax_factor(stats), 0};
     if (kLabels && row.y >= 0) {
-      // up (a p_y - q_y); NaN for an infinite up, where torch has inf - inf.
       const A softmax_mass = g.factor * exp_for<T>(to_acc(row.true_logit) - g.max);
-      g.of_true = g.up * (softmax_mass - total_mass(row.y)) + (g.up - g.up);
+      g.of_true = true_gradient(g.up, softmax_mass, total_mass(row.y));
     }
     return g;
   }

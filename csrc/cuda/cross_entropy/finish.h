@@ -33,9 +33,9 @@ FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads)
   if (thread_index() >= kWarpSize) return;
   const double total = total_weight(p);
   if (thread_index() > 0) return;
-  if (p.mean) loss = mean_of(p, loss, total);
+  if (p.mean) loss = mean_of(loss, total, p.uniform > 0);
   if (p.unit != nullptr) {
-    const double upstream = p.mean ? mean_of(p, 1.0, total) : 1.0;
+    const double upstream = p.mean ? mean_of(1.0, total, p.uniform > 0) : 1.0;
     const bool in_units = waits(p, upstream);
     *p.unit = in_units ? static_cast<float>(upstream / static_cast<double>(scale_of(p))) : 1.0f;
   }

@@ -149,7 +149,7 @@ struct Strided : CrossEntropy<T, TT, kMass> {
   // q of class c; t: its probability, if it has one.
   FASTOPT_MEMBER A mass_of_class(A t, int c) const {
     const A keep = static_cast<A>(p.keep), uniform = static_cast<A>(p.uniform);
-    const A q = kLabels ? uniform : keep * t + uniform;
+    const A q = kLabels ? uniform : probability_mass(t, keep, uniform);
     return weight != nullptr ? product(q, weight[c]) : q;
   }
 
