@@ -47,8 +47,7 @@ inline CrossEntropyShape shape_of(const CrossEntropyParams& p) {
   return shape;
 }
 
-// launch(kernel, blocks, threads, shared_bytes, cluster, params) in the order of the stream: the
-// whole call. `workspace`: workspace_doubles() of device memory.
+// Of device memory, for the partial sums.
 inline int64_t workspace_doubles(const CrossEntropyPlan& plan) {
   return 2 * kMaxParts + plan.blocks;
 }
@@ -70,11 +69,12 @@ void launch_plan(const CrossEntropyParams& p, const CrossEntropyPlan& plan, cons
   }
 }
 
+// launch(kernel, blocks, threads, shared_bytes, cluster, params) in the order of the stream: the
+// whole call. `workspace`: workspace_doubles() of device memory.
 template <class Launch>
 void launch_cross_entropy(CrossEntropyParams p, const CrossEntropyPlan& plan, double* workspace,
                           const Launch& launch) {
   const int64_t rows = p.batch * p.positions;
-  const bool is_double = p.logits_type == Element::float64;
   p.lanes = plan.lanes;
   p.cluster = plan.cluster;
   p.slice = plan.slice;
@@ -89,7 +89,8 @@ void launch_cross_entropy(CrossEntropyParams p, const CrossEntropyPlan& plan, do
   }
   const int parts = std::max(p.weight_part_count, p.smoothing_part_count);
   if (parts > 0) {
-    const auto kernel = is_double ? &cross_entropy_sums<double> : &cross_entropy_sums<float>;
+    const auto kernel = p.logits_type == Element::float64 ? &cross_entropy_sums<double>
+                                                          : &cross_entropy_sums<float>;
     launch(kernel, parts, kSumThreads, kMaxWarps * 8, 1, p);
   }
 
@@ -114,8 +115,7 @@ void launch_cross_entropy(CrossEntropyParams p, const CrossEntropyPlan& plan, do
     });
   }
   if (p.loss != nullptr || p.unit != nullptr || plan.blocks == 0) {
-    const auto kernel = is_double ? &cross_entropy_finish<double> : &cross_entropy_finish<float>;
-    launch(kernel, int64_t{1}, kMaxThreads, kMaxWarps * 8, 1, p);
+    launch(&cross_entropy_finish, int64_t{1}, kMaxThreads, kMaxWarps * 8, 1, p);
   }
 }
 

@@ -22,7 +22,6 @@ FASTOPT_DEVICE void store_scalar(void* p, Element type, double value) {
   }
 }
 
-template <class A>
 FASTOPT_KERNEL void FASTOPT_BOUNDS(kMaxThreads)
     cross_entropy_finish(FASTOPT_PARAMS CrossEntropyParams p) {
   double* const scratch = reinterpret_cast<double*>(shared_memory());

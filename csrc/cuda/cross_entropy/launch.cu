@@ -85,7 +85,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastopt, CUDA, library) {
 }  // namespace
 
 const void* gpu::a_cross_entropy_kernel() {
-  return reinterpret_cast<const void*>(&cross_entropy_finish<float>);
+  return reinterpret_cast<const void*>(&cross_entropy_finish);
 }
 
 }  // namespace fastopt
