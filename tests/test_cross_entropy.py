@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cross_entropy_cases as cases
 import fastopt
+import fastopt.options
 from accuracy import assert_as_accurate, assert_same_bits
 from cross_entropy_cases import (
     DTYPES,
@@ -325,7 +326,7 @@ def test_labels_out_of_range_are_no_addresses_in_backward() -> None:
     upstream = torch.tensor([math.inf, 1, 2])
     scaled = _times(grad, upstream, None, target, -100, False, 0, own=False)
     assert scaled[1].eq(1).all() and scaled[2].eq(2).all()
-    options = (-100, 0.1, 1, torch.float32)
+    options = fastopt.options.Options(-100, 0.1, fastopt.options.MEAN, torch.float32)
     again = _differentiable(grad, target, None, None, options, torch.ones(()), grad)
     assert again.shape == grad.shape
 
