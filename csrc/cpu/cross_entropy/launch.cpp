@@ -140,11 +140,13 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     masses = empty_strided({2, p.classes}, {p.classes, 1}, accumulate, place);
     A* const own = static_cast<A*>(masses->mutable_data_ptr());
     A* const even = own + p.classes;
+    // Not 0 * inf; but that is what torch makes of labels' own masses.
+    const bool has_own = p.keep != 0 || p.labels != nullptr, has_even = p.uniform > 0;
     // Compensated: added up one by one, a thousand float64 weights would lose three digits.
     double sum = 0, lost = 0;
     for (int64_t c = 0; c < p.classes; ++c) {
-      own[c] = product(static_cast<A>(p.keep), w[c]);
-      even[c] = p.uniform > 0 ? product(static_cast<A>(p.uniform), w[c]) : A(0);  // not 0 * inf
+      own[c] = has_own ? product(static_cast<A>(p.keep), w[c]) : A(0);
+      even[c] = has_even ? product(static_cast<A>(p.uniform), w[c]) : A(0);
       const double mass = static_cast<double>(even[c]), next = sum + mass;
       lost += std::fabs(sum) >= std::fabs(mass) ? (sum - next) + mass : (mass - next) + sum;
       sum = next;

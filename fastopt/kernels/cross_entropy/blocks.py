@@ -139,14 +139,11 @@ def load_mass(
         q = tl.zeros([1, 1], ACC)
     else:
         q = tl.full(mask.shape, uniform, ACC)
-        own = tl.full([1, 1], keep, ACC)
-        if WEIGHT:
-            w = tl.load(weight_ptr + c, mask=c < classes, other=0.0)
-            q *= w
-            own = own * w
         if not LABELS:
             at = _offsets(target_start, c, target_class, UNIT, AXIS)
-            q += own * tl.load(target_ptr + at, mask=mask, other=0.0).to(ACC)
+            q += tl.full([1, 1], keep, ACC) * tl.load(target_ptr + at, mask=mask, other=0.0).to(ACC)
+        if WEIGHT:  # last: an infinite one of no mass alone is NaN
+            q *= tl.load(weight_ptr + c, mask=c < classes, other=0.0)
         q = tl.where(mask, q, 0.0)
     return q
 
