@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 
 import fastopt
 from accuracy import assert_as_accurate
+from child import run_python
 from sgd_oracle import (
     DAMPED,
     DTYPES,
@@ -463,3 +464,32 @@ def test_a_compiled_training_loop_with_an_eager_step_inside_and_outside() -> Non
     torch._dynamo.reset()
     for mine, stock in zip(ours, run(for_loop, True), strict=True):
         assert_same_bits(mine, stock)
+
+
+@pytest.mark.parametrize("first", ["import torch", "import fastopt"])
+def test_a_process_that_has_compiled_something_steps_as_before(first: str) -> None:
+    """Dynamo wraps torch.optim.SGD._init_group; a subclass's own is still heard."""
+    run_python(f"""
+        {first}
+        import torch
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+        assert hasattr(torch.optim.SGD._init_group, "_torchdynamo_orig_callable")
+        import fastopt
+        from fastopt.sgd import step
+
+        class Own(fastopt.SGD):
+            def _init_group(self, *arguments):
+                heard.append(self)
+                return super()._init_group(*arguments)
+
+        heard, by_group, own_step = [], [], step.by_group
+        step.by_group = lambda *call, **more: (by_group.append(call), own_step(*call, **more))
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        for make in (fastopt.SGD, Own):
+            optimizer = make([{{"params": [p]}} for p in params], lr=0.25)
+            for p in params:
+                p.grad = torch.ones(3)
+            optimizer.step()
+            assert bool(by_group) == bool(heard) == (make is Own)
+        assert torch.equal(params[0], torch.full((3,), 0.5))
+    """)

@@ -33,7 +33,9 @@ from fastopt.sgd.table import NAMES, NEEDS_BUFFER, NO_GRADIENT, READY, TORCH, Gr
 _get_grad = attrgetter("grad")
 _get_params = itemgetter("params")
 _get_options = itemgetter(*NAMES)
-_init_group = torch.optim.SGD._init_group
+# torch.compile, once it was used in a process, has put a wrapper around it.
+_WRAPPED = "_torchdynamo_orig_callable"
+_init_group = getattr(torch.optim.SGD._init_group, _WRAPPED, torch.optim.SGD._init_group)
 
 # What torch's dispatcher asks in every call while no mode, tracer or transform wants to see it.
 _key = torch._C.DispatchKey
@@ -173,7 +175,8 @@ def _whole_step(optimizer: Any, scale: Scale) -> bool:
         options = tuple(chain.from_iterable(map(_get_options, groups)))
         if plan is None or plan.sizes != sizes or not plan.groups.holds(options):
             plan = optimizer._fastopt_plan = _Plan(sizes, options, params, plan)
-        if getattr(optimizer._init_group, "__func__", None) is not _init_group:
+        own = getattr(optimizer._init_group, "__func__", None)
+        if own is not _init_group and getattr(own, _WRAPPED, None) is not _init_group:
             return False
         grads = tuple(map(_get_grad, params))
         buffers: tuple[Any, ...] = ()
