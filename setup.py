@@ -20,7 +20,8 @@ compilers are called directly, in parallel, for what changed. Environment:
                         about what is missing and what mends it.
     FORCE_CUDA          1: FASTOPT_BUILD=cuda, as other libraries for torch have it
     FASTOPT_SANITIZE    1: build build/sanitize/_C.so instead, with address and undefined-behaviour
-                        sanitizers (`make sanitize`; FASTOPT_LIBRARY=PATH loads it)
+                        sanitizers (`make sanitize`; FASTOPT_LIBRARY=PATH loads it); with
+                        FASTOPT_SIMD, the kernels of that level alone
 """
 
 import filecmp
@@ -229,12 +230,14 @@ def host_units() -> list[Unit]:
     return [(source, f"{name}.o", []) for source, name in sources("host", ".cpp")]
 
 
-def cpu_units(machine: str) -> Iterator[Unit]:
+def cpu_units(machine: str, only: str | None = None) -> Iterator[Unit]:
+    levels = X86_LEVELS if machine == "x86_64" else BASELINE
     yield from host_units()
     for source, name in sources("cpu", ".cpp"):
         if "FASTOPT_LEVEL" in source.read_text():
-            for level, flags in (X86_LEVELS if machine == "x86_64" else BASELINE).items():
-                yield source, f"{name}.{level}.o", [f"-DFASTOPT_LEVEL={level}", *flags]
+            for level, flags in levels.items():
+                if only in (level, None):
+                    yield source, f"{name}.{level}.o", [f"-DFASTOPT_LEVEL={level}", *flags]
         else:
             yield source, f"{name}.o", []
 
@@ -279,10 +282,13 @@ def build_cpu_library(strict: bool) -> Path:
 
 
 def build_sanitized_library() -> Path:
-    return _build_cpu_library(SANITIZE, Path("build/sanitize"))
+    # Of every level's kernels it takes minutes, and one level is what the tests run.
+    level = os.environ.get("FASTOPT_SIMD")
+    flags = [*SANITIZE, f"-DFASTOPT_ONE_LEVEL={level}"] if level else SANITIZE
+    return _build_cpu_library(flags, Path("build/sanitize"), level or None)
 
 
-def _build_cpu_library(flags: list[str], folder: Path) -> Path:
+def _build_cpu_library(flags: list[str], folder: Path, level: str | None = None) -> Path:
     torch = find_torch()
     compiler = [*find_compiler(), *FLAGS, *flags]
     machine = target_machine(compiler)
@@ -290,7 +296,9 @@ def _build_cpu_library(flags: list[str], folder: Path) -> Path:
     libraries = stand_in(compiler, folder / machine) if foreign else torch.folder / "lib"
     link = [*compiler, *LINK, f"-L{libraries}"]
     compiler += torch.include
-    return build(torch, compiler, list(cpu_units(machine)), link, LIBRARIES, folder / "_C.so")
+    return build(
+        torch, compiler, list(cpu_units(machine, level)), link, LIBRARIES, folder / "_C.so"
+    )
 
 
 def stand_in(compiler: list[str], folder: Path) -> Path:

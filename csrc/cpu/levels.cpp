@@ -7,8 +7,10 @@ namespace fastopt {
 namespace {
 
 Level detect_level() {
+#if defined(FASTOPT_ONE_LEVEL)
+  return Level::FASTOPT_ONE_LEVEL;
+#else
   Level best = Level::baseline;
-#if defined(__x86_64__)
   __builtin_cpu_init();
   // What -march=x86-64-v3 and -v4 let the compiler assume.
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -20,13 +22,13 @@ Level detect_level() {
       best = Level::avx512;
     }
   }
-#endif
   const char* cap = std::getenv("FASTOPT_SIMD");
   if (cap != nullptr) {
     if (std::strcmp(cap, "baseline") == 0) return Level::baseline;
     if (std::strcmp(cap, "avx2") == 0 && best == Level::avx512) return Level::avx2;
   }
   return best;
+#endif
 }
 
 }  // namespace
@@ -38,7 +40,8 @@ Level active_level() {
 
 }  // namespace fastopt
 
-// For fastopt/backends.py, which finds it in the file: loading the library would register its kernels.
+// For fastopt/backends.py, which finds it in the file: loading the library would register its
+// kernels.
 extern "C" {
 __attribute__((visibility("default"))) extern const char fastopt_version[] =
     "fastopt_version=" FASTOPT_VERSION;

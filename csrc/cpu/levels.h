@@ -2,10 +2,15 @@
 // namespace of that name; FASTOPT_DISPATCH picks the one of this machine.
 #pragma once
 
-#if defined(__x86_64__)
-#define FASTOPT_FOR_EACH_LEVEL(DO) DO(baseline) DO(avx2) DO(avx512)
+// Built for a single level: other machines' only one, or the one that sanitizers will look at.
+#if !defined(__x86_64__)
+#define FASTOPT_ONE_LEVEL baseline
+#endif
+
+#if defined(FASTOPT_ONE_LEVEL)
+#define FASTOPT_FOR_EACH_LEVEL(DO) DO(FASTOPT_ONE_LEVEL)
 #else
-#define FASTOPT_FOR_EACH_LEVEL(DO) DO(baseline)
+#define FASTOPT_FOR_EACH_LEVEL(DO) DO(baseline) DO(avx2) DO(avx512)
 #endif
 
 namespace fastopt {
@@ -16,15 +21,15 @@ enum class Level { baseline, avx2, avx512 };
 Level active_level();
 
 // FASTOPT_DISPATCH(run, params): fastopt::<level>::run(params) for the active level.
-#if defined(__x86_64__)
+#if defined(FASTOPT_ONE_LEVEL)
+#define FASTOPT_DISPATCH(function, ...) ::fastopt::FASTOPT_ONE_LEVEL::function(__VA_ARGS__)
+#else
 #define FASTOPT_DISPATCH(function, ...)                  \
   (::fastopt::active_level() == ::fastopt::Level::avx512 \
        ? ::fastopt::avx512::function(__VA_ARGS__)        \
    : ::fastopt::active_level() == ::fastopt::Level::avx2 \
        ? ::fastopt::avx2::function(__VA_ARGS__)          \
        : ::fastopt::baseline::function(__VA_ARGS__))
-#else
-#define FASTOPT_DISPATCH(function, ...) ::fastopt::baseline::function(__VA_ARGS__)
 #endif
 
 }  // namespace fastopt

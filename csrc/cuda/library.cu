@@ -3,7 +3,8 @@
 
 #include "cuda/library.h"
 
-// For fastopt/backends.py, which finds it in the file: loading the library would register its kernels.
+// For fastopt/backends.py, which finds it in the file: loading the library would register its
+// kernels.
 extern "C" {
 __attribute__((visibility("default"))) extern const char fastopt_version[] =
     "fastopt_version=" FASTOPT_VERSION;
