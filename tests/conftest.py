@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 import torch
 
+import cross_entropy_kernels
 import fastopt.backends
 import served
 from cuda_errors import pytest_runtest_makereport  # noqa: F401
@@ -41,13 +42,15 @@ OF_KERNELS = ("test_cross_entropy", "test_sgd", "test_crossover")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under FASTOPT_ALWAYS=1 there is no crossover, so its tests belong to the other run; tests of
-    a GPU to `make gpu-test`. Long tests come first: no worker of pytest-xdist is left with one.
+    a GPU to `make gpu-test`; others to other kernels of cross-entropy. Long tests come first: no
+    worker of pytest-xdist is left with one.
     """
     out = [
         item
         for item in items
         if (fastopt.backends.ALWAYS and item.get_closest_marker("crossover"))
         or (item.get_closest_marker("gpu") and not torch.cuda.is_available())
+        or any(map(item.get_closest_marker, cross_entropy_kernels.LEFT_OUT))
     ]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,8 @@ import fastopt.backends
 import served
 from accuracy import assert_as_accurate, assert_same_bits
 
+# Whose kernels are tested (cross_entropy_kernels.py).
+KERNELS = os.environ.get("FASTOPT_TEST_KERNELS", "library")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 
@@ -315,8 +318,11 @@ def is_ours(
     )
 
 
-def check(logits: Tensor, target: Tensor, **keywords: object) -> Result:
-    """Compare a call with torch's: values, dtypes, gradients; inputs untouched; answered by ours.
+def check(
+    logits: Tensor, target: Tensor, alone: bool = KERNELS != "interpreted", **keywords: object
+) -> Result:
+    """Compare a call with torch's: the loss, with its gradients and (`alone`) without any; dtypes;
+    inputs untouched; answered by ours.
 
     Takes what `differentiate` takes. An ignored row's gradient has to be exactly zero, where torch
     has NaN if the row holds NaN or infinity. Returns our result.
@@ -328,6 +334,10 @@ def check(logits: Tensor, target: Tensor, **keywords: object) -> Result:
     by_torch = not is_ours(logits, target, **keywords) if fastopt.backends.ALWAYS else None
     with served.cross_entropy.answered(by_torch):
         ours = differentiate(fastopt.cross_entropy, logits, target, **keywords)
+        losses = [ours.loss]
+        if alone:
+            of_the_call = {k: v for k, v in keywords.items() if k not in ("upstream", "wanted")}
+            losses += [fastopt.cross_entropy(logits.detach(), target.detach(), **of_the_call)]
     for tensor, copy in zip(inputs, before, strict=True):
         assert_same_bits(tensor, copy, "an input after the call")
 
@@ -335,6 +345,7 @@ def check(logits: Tensor, target: Tensor, **keywords: object) -> Result:
         # torch's CUDA kernel for (N, C, d1, ...) reads labels as 32-bit numbers (2.11, seen on an
         # H200: wrong losses, or an assertion on the device). Its CPU kernel does not.
         ours, logits, target = ours.cpu(), logits.cpu(), target.cpu()
+        losses = [loss.cpu() for loss in losses]
         keywords = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in keywords.items()}
     stock = differentiate(F.cross_entropy, logits, target, **keywords)
     oracle = exact(differentiate, logits, target, **keywords)
@@ -347,7 +358,8 @@ def check(logits: Tensor, target: Tensor, **keywords: object) -> Result:
     # Masses are what torch sums one by one; exponentials it sums in vectors.
     masses = target.is_floating_point() or keywords.get("label_smoothing")
     summed = logits.shape[class_dim(logits)] if masses else 0
-    assert_as_accurate(ours.loss, stock.loss, oracle.loss, "loss", summed)
+    for loss, what in zip(losses, ("loss", "loss alone"), strict=False):
+        assert_as_accurate(loss, stock.loss, oracle.loss, what, summed)
     for name, gradient in ours.gradients.items():
         theirs, exactly = stock.gradients[name], oracle.gradients[name]
         assert_as_accurate(gradient, theirs, exactly, f"gradient of {name}", summed)

@@ -1,13 +1,13 @@
-"""The Triton kernels of cross_entropy without a GPU: in the interpreter, and compiled ahead of time.
+"""The Triton kernels of cross_entropy without a GPU: launchers and plan, compiled ahead of time, and
+in the interpreter what is theirs alone: their values are test_cross_entropy.py's under
+FASTOPT_TEST_KERNELS=interpreted.
 
-Triton decides when a kernel is defined whether it is interpreted, so the interpreter's tests run
-in a process of their own, this file again under TRITON_INTERPRET=1: TestInterpreted there, the
-other classes here.
+Triton decides when a kernel is defined whether it is interpreted, so under TRITON_INTERPRET=1 this
+file has TestInterpreted, and the other classes without.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import os
@@ -21,14 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cross_entropy_cases as cases
-import fastopt
-import fastopt.ops
-from accuracy import assert_as_accurate, assert_same_bits
-from child import run_pytest
+from accuracy import assert_same_bits
 from cross_entropy_cases import (
     DTYPES,
     EVERYTHING,
-    LAYOUTS_2D,
     LAYOUTS_ND,
     OPTIONS,
     REDUCTIONS,
@@ -41,6 +37,7 @@ from cross_entropy_cases import (
     make_weight,
     random_upstream,
 )
+from cross_entropy_kernels import these_kernels_answer  # noqa: F401
 from fastopt import layouts, reference
 from fastopt.kernels.cross_entropy import launch as kernels
 from fastopt.kernels.cross_entropy import plan
@@ -64,106 +61,9 @@ each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 # bfloat16 stores truncate there instead of rounding to nearest: half a unit in the last place
 # more, which the budget's "twice" has room for.
 
-# One for every branch: rows share a program, exactly a block, one class more, class counts that
-# vectors divide or not, sweeps over the row; positions in tiles of one batch entry or across
-# entries, with and without a remainder, classes in one block or in several.
-BRANCHES = {
-    "no-batch": (19,),
-    "one-class": (5, 1),
-    "rows-share-a-program": (67, 3),
-    "exactly-a-block": (3, 2048),
-    "a-block-and-one": (3, 2049),
-    "multiple-of-8-only": (5, 1000),
-    "odd-classes": (3, 1003),
-    "one-position": (3, 5, 1),
-    "entries-share-a-tile": (9, 5, 3),
-    "tile-inside-an-entry": (2, 21, 64),
-    "tiles-with-remainder": (2, 21, 67),
-    "strided-classes-in-blocks": (1, 301, 9),
-    "image": (2, 21, 13, 5),
-    "volume": (2, 5, 3, 4, 7),
-}
-LONG_ROWS = {"sweeps": (2, 33000), "odd-sweeps": (2, 50257), "whole-blocks": (1, 65536)}
-DENSE_SWEEPS = (1, 16389)
-
-
-# Each row is a hazard of its own.
-HAZARDS = {
-    "minus-inf-elsewhere": {1: float("-inf")},
-    "minus-inf-at-label": {0: float("-inf")},
-    "minus-inf-everywhere": dict.fromkeys(range(40), float("-inf")),
-    "inf-elsewhere": {2: float("inf")},
-    "inf-at-label": {0: float("inf")},
-    "inf-both-signs": {1: float("inf"), 2: float("-inf")},
-    "nan-elsewhere": {3: float("nan")},
-    "nan-last": {-1: float("nan")},
-    "huge-spread": {0: -6e4, 1: 6e4},
-}
-
 
 class TestInterpreted:
     __test__ = INTERPRETED
-
-    @pytest.fixture(autouse=True)
-    def _triton_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Under the face as on a GPU, where they are registered for the dispatcher."""
-        for name in ("cross_entropy_forward", "cross_entropy_forward_backward"):
-            launcher = fastopt.ops.flat(name, getattr(kernels, name))
-            monkeypatch.setattr(fastopt.ops, name, launcher)
-
-    @each_dtype
-    @pytest.mark.parametrize("shape", BRANCHES.values(), ids=BRANCHES)
-    def test_branches(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        logits = make_logits(shape, dtype)
-        check_options(logits, OPTIONS["plain"])
-        check_options(logits, EVERYTHING, reduction="mean")
-        check_options(logits, EVERYTHING, reduction="none", upstream=random_upstream)
-        weight = make_weight(shape[cases.class_dim(logits)], dtype)
-        target = make_probabilities(logits)
-        check(logits, target, weight=weight, reduction="sum")
-        check(logits, target, weight=weight, label_smoothing=0.2)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-    @pytest.mark.parametrize("shape", LONG_ROWS.values(), ids=LONG_ROWS)
-    def test_long_rows(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        logits = make_logits(shape, dtype)
-        check_options(logits, OPTIONS["plain"])
-        check_options(logits, OPTIONS["smoothing-weight"])
-        check_options(logits, OPTIONS["plain"], reduction="none", upstream=random_upstream)
-
-    @each_dtype
-    def test_long_rows_of_probabilities(self, dtype: torch.dtype) -> None:
-        logits = make_logits(DENSE_SWEEPS, dtype)
-        weight = make_weight(logits.shape[1], dtype)
-        check(logits, make_probabilities(logits), weight=weight)
-
-    @each_reduction
-    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-    def test_options(self, options: cases.Options, reduction: str) -> None:
-        for shape, dtype in [
-            ((33, 10), torch.float32),
-            ((2, 7, 9), torch.float16),
-            ((13,), torch.float64),
-        ]:
-            upstream = torch.ones_like if reduction == "mean" else random_upstream
-            logits = make_logits(shape, dtype)
-            check_options(logits, options, reduction=reduction, upstream=upstream)
-
-    @pytest.mark.parametrize("layout", LAYOUTS_ND, ids=lambda layout: layout.__name__)
-    def test_layouts(self, layout: Callable[[Tensor], Tensor]) -> None:
-        """What lies between the values is NaN: a load that strays shows."""
-        shapes: list[tuple[int, ...]] = [(2, 21, 9), (2, 5, 3, 4)]
-        if layout in LAYOUTS_2D:
-            # (numpy adds up along axis 0 one by one, a GPU in a tree: no more classes than these.)
-            shapes += [(37, 19), (3, 65)]
-        for shape in shapes:
-            logits = layout(make_logits(shape))
-            check_options(logits, OPTIONS["plain"])
-            check_options(logits, EVERYTHING, reduction="none", upstream=random_upstream)
-            target = make_probabilities(logits)
-            if layout is not cases.expanded_classes:  # equal masses: only rounding would be left
-                target = layout(target)
-            check(logits, target)
 
     @each_dtype
     def test_edges_of_rows(self, dtype: torch.dtype) -> None:
@@ -180,182 +80,11 @@ class TestInterpreted:
         check(logits, make_probabilities(logits, wide))
         check_options(cases.classes_last(make_logits((2, 259, 3), dtype)), EVERYTHING)
 
-    @pytest.mark.parametrize("name", cases.FAR_APART)
-    def test_offsets_beyond_32_bits(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Elements far apart give the bits of the same elements side by side."""
-        shape, strides = cases.FAR_APART[name]
-        near = make_logits(shape)
-        masses = make_probabilities(near)
-        if strides[1] == 1:
-            near, masses = cases.classes_last(near), cases.classes_last(masses)
-        labels = make_target(near)
-        far, far_masses = (cases.far_apart(x, strides) for x in (near, masses))
-
-        def run(logits: Tensor, target: Tensor) -> list[Tensor]:
-            arguments = (logits, target, make_weight(shape[1], logits.dtype))
-            options = Options(-100, 0.1, NONE, logits.dtype)
-            results = [kernels.cross_entropy_forward(*arguments, options)]
-            for reduction in (NONE, MEAN):
-                options = options._replace(reduction=reduction)
-                results += kernels.cross_entropy_forward_backward(*arguments, options)
-            return results
-
-        expected = [run(near, target) for target in (labels, masses)]
-        monkeypatch.setattr(
-            layouts,
-            "empty_gradient",
-            lambda like: cases.far_apart(torch.full_like(like, float("nan")), strides),
-        )
-        ours = [run(far, target) for target in (labels, far_masses)]
-        for mine, right in zip(itertools.chain(*ours), itertools.chain(*expected), strict=True):
-            assert_same_bits(mine, right)
-
     def test_a_label_at_every_place_of_an_edge(self) -> None:
         logits = make_logits((40, 259))
         ends = torch.cat([torch.arange(20), torch.arange(239, 259)])
         check(logits.bfloat16(), ends)
         check(logits, ends.flip(0), label_smoothing=0.1, reduction="sum")
-
-    def test_target_in_another_layout_than_the_logits(self) -> None:
-        for shape in [(6, 33), (2, 5, 7, 3)]:
-            for target_layout in (cases.transposed, cases.every_second_class):
-                logits = make_logits(shape)
-                target = target_layout(make_probabilities(logits))
-                check(logits, target, label_smoothing=0.1)
-        labels = make_target(make_logits((6, 33, 5)))
-        labels = labels.t().contiguous().t()
-        weight = make_weight(66, torch.float32)[::2]
-        check(make_logits((6, 33, 5)), labels, weight=weight)
-
-    @pytest.mark.parametrize("ignore_index", [-1, 0, 6, -(2**63), 2**63 - 1])
-    def test_ignore_index_may_be_any_integer(self, ignore_index: int) -> None:
-        options = cases.Options(ignored=0.3, ignore_index=ignore_index, label_smoothing=0.1)
-        for shape in [(77, 7), (5, 7, 3), (5, 7)]:
-            check_options(make_logits(shape), options)
-
-    def test_weights_that_sum_to_zero(self) -> None:
-        logits = make_logits((6, 4))
-        target = torch.zeros(6, dtype=torch.int64)
-        for weight in ([0.0, 1.0, 1.0, 1.0], [0.0] * 4):
-            for reduction in REDUCTIONS:
-                for smoothing in (0.0, 0.1):
-                    keywords = {"reduction": reduction, "label_smoothing": smoothing}
-                    check(logits, target, weight=torch.tensor(weight), **keywords)
-        balanced = torch.tensor([0, 0, 0, 1, 1, 1])
-        check(logits, balanced, weight=torch.tensor([1.0, -1.0, 0.0, 0.0]))
-
-    @each_dtype
-    def test_infinities_and_nan(self, dtype: torch.dtype) -> None:
-        rows = torch.randn(2 * len(HAZARDS), 40)  # every second one is harmless
-        for row, hazard in zip(rows[::2], HAZARDS.values(), strict=True):
-            for column, value in hazard.items():
-                row[column] = value
-        rows = rows.to(dtype)
-        labels = torch.zeros(len(rows), dtype=torch.int64)
-        weight = make_weight(40, dtype, "zeros").roll(1)
-        # Rows with contiguous classes, and the same rows as positions with strided classes.
-        for logits, target in [(rows, labels), (rows.t().contiguous()[None], labels[None])]:
-            probabilities = F.one_hot(target, 40).movedim(-1, 1).to(dtype)
-            for smoothing in (0.0, 0.1):
-                keywords = {"reduction": "none", "label_smoothing": smoothing}
-                check(logits, target, upstream=random_upstream, **keywords)
-                check(logits, target, weight=weight, **keywords)
-                check(logits, probabilities, weight=weight, **keywords)
-            check(logits[:, :, ::2] if logits.dim() == 3 else logits[::2], target[..., ::2])
-
-    def test_infinite_masses(self) -> None:
-        """An infinite weight or probability of the likeliest class, of an early or a late block."""
-        for shape in [(9, 7), (2, 7, 5), (2, 50257)]:
-            logits = make_logits(shape) / 4  # confident, log(p) would be 0 in float32
-            likeliest = logits.argmax(1)
-            weight = torch.linspace(0.5, 2, shape[1])
-            weight[likeliest.view(-1)[0]] = math.inf
-            masses = make_probabilities(logits).scatter(1, likeliest.unsqueeze(1), math.inf)
-            for smoothing in (0.0, 0.1):
-                check(logits, likeliest, weight=weight, label_smoothing=smoothing)
-                check(logits, masses, label_smoothing=smoothing)
-
-    def test_minus_infinity_fills_whole_blocks_of_a_long_row(self) -> None:
-        logits = make_logits((2, 50257))
-        logits[0, :20000] = -float("inf")
-        logits[1, 17000:] = -float("inf")
-        target = torch.tensor([30000, 5])
-        for smoothing in (0.0, 0.1):
-            check(logits, target, reduction="none", label_smoothing=smoothing)
-
-    @each_reduction
-    def test_ignored_rows_may_hold_anything(self, reduction: str) -> None:
-        """`check` asserts that their gradients are exactly zero."""
-        for classes in (7, 300):
-            rows = torch.randn(9, classes)
-            rows[::2] = float("nan")
-            rows[2, 0] = float("inf")
-            rows[4] = -float("inf")
-            target = torch.arange(9).remainder(classes)
-            target[::2] = -100
-            for logits, labels in [(rows, target), (rows.t().contiguous()[None], target[None])]:
-                for smoothing in (0.0, 0.1):
-                    check(logits, labels, reduction=reduction, label_smoothing=smoothing)
-
-    @pytest.mark.parametrize("common", [1e3, 1e7, -1e7])
-    def test_a_common_offset_changes_nothing(self, common: float) -> None:
-        # Whole numbers, so that adding 1e7 to them is exact in float32.
-        for shape in [(33, 10), (2, 21, 17), (1, 33000)]:
-            logits = make_logits(shape).round()
-            for options in (OPTIONS["plain"], OPTIONS["smoothing"]):
-                check_options(logits + common, options)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
-    def test_confident_rows_keep_the_gradient_of_the_true_class(self, dtype: torch.dtype) -> None:
-        """p - 1 cancels: subtracted after rounding, most of its digits would be gone."""
-        for shape in [(16, 100), (2, 21, 16), (2, 33000)]:
-            logits = make_logits(shape) / 4
-            target = make_target(logits).unsqueeze(1)
-            logits = logits.scatter(1, target, logits.amax(1, keepdim=True) + 10).to(dtype)
-            for reduction in ("sum", "none"):
-                check(logits, target.squeeze(1), reduction=reduction)
-
-    def test_gradients_of_a_row_sum_to_zero(self) -> None:
-        for shape in [(33, 10), (3, 1003), (2, 21, 17), (1, 33000)]:
-            logits = make_logits(shape)
-            target = make_target(logits)
-            weight = make_weight(shape[1], torch.float32)
-            for w, smoothing in [(None, 0.0), (weight, 0.1)]:
-                options = Options(-100, smoothing, SUM, torch.float32)
-                _, grad, _ = kernels.cross_entropy_forward_backward(logits, target, w, options)
-                sums = grad.double().sum(1)
-                # Of numbers around 1, whatever is left of them where p and q are close.
-                scale = grad.double().abs().sum(1).clamp(min=1.0)
-                eps = torch.finfo(torch.float32).eps
-                assert (sums.abs() <= 8 * eps * scale).all(), (shape, smoothing)
-
-    @each_dtype
-    @pytest.mark.parametrize("wrong", [-1, 7, 2**40, -(2**63)])
-    def test_labels_out_of_range_make_their_row_nan(self, wrong: int, dtype: torch.dtype) -> None:
-        """Their row and no other; as an address, 2^40 would not survive even here."""
-        for shape in [(9, 7), (2, 7, 5)]:
-            for smoothing, weight in [(0.0, None), (0.1, make_weight(7, dtype))]:
-                if weight is not None and dtype != torch.float64:
-                    weight = weight.float()
-                logits = make_logits(shape, dtype)
-                target = make_target(logits)
-                right = target.clone()
-                target.view(-1)[3] = wrong
-                options = Options(-100, smoothing, NONE, dtype)
-                run = kernels.cross_entropy_forward_backward
-                loss, grad, _ = run(logits, target, weight, options)
-                expected_loss, expected, _ = run(logits, right, weight, options)
-                bad = (target != right).view_as(loss)
-                assert loss[bad].isnan().all()
-                assert_same_bits(loss[~bad], expected_loss[~bad])
-                bad = bad.unsqueeze(1).expand_as(grad)
-                assert grad[bad].isnan().all()
-                assert_same_bits(grad[~bad], expected[~bad])
-                for reduction in (MEAN, SUM):
-                    options = options._replace(reduction=reduction)
-                    loss, grad, _ = run(logits, target, weight, options)
-                    assert loss.isnan() and grad[bad].isnan().all()
-                    assert grad[~bad].isfinite().all()
 
     @pytest.fixture
     def guarded(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -419,26 +148,6 @@ class TestInterpreted:
             for name in ("plain", "ignored-weight", "smoothing-weight"):
                 check_options(logits, OPTIONS[name])
 
-    @each_dtype
-    @pytest.mark.parametrize("factor", [0.0, -1.5, 3.0, float("nan"), float("inf")])
-    def test_scaling(self, factor: float, dtype: torch.dtype) -> None:
-        for shape in [(5,), (130, 33), (2, 3, 5)]:
-            for layout in (cases.contiguous, cases.transposed, cases.offset):
-                if layout is cases.transposed and len(shape) == 1:
-                    continue
-                grad = layout(make_logits(shape, dtype)).clone(memory_format=torch.preserve_format)
-                labels, _ = OPTIONS["ignored"].apply(grad, make_target(grad))
-                dim = cases.class_dim(grad)
-                grad.masked_fill_((labels == -100).unsqueeze(dim), 0)
-                targets = [(labels, False), (labels, True), (make_probabilities(grad), False)]
-                for target, smoothed in targets:
-                    arguments = (torch.tensor(factor, dtype=dtype), target, -100, smoothed)
-                    ours, expected, exactly = grad.clone(), grad.clone(), grad.double()
-                    kernels.cross_entropy_scale_(ours, *arguments)
-                    reference.cross_entropy_scale_(expected, *arguments)
-                    reference.cross_entropy_scale_(exactly, *arguments)
-                    assert_as_accurate(ours, expected, exactly)
-
     def test_scaling_by_one_touches_no_memory(self) -> None:
         pages = mmap.mmap(-1, 4 * 100_000, prot=mmap.PROT_READ)  # a store would end the process
         with warnings.catch_warnings(action="ignore"):
@@ -457,28 +166,6 @@ class TestInterpreted:
         kernels.cross_entropy_scale_(grad, torch.tensor(math.inf), target, 3, False)
         reference.cross_entropy_scale_(expected, torch.tensor(math.inf), target, 3, False)
         torch.testing.assert_close(grad, expected, rtol=0, atol=0, equal_nan=True)
-
-
-class TestInTheInterpreter:
-    """Every test above, in a process that has Triton's interpreter; each apart, for those of
-    pytest-xdist share the work.
-    """
-
-    __test__ = not INTERPRETED
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(
-        "name", [name for name in vars(TestInterpreted) if name.startswith("test_")]
-    )
-    def test_in_a_process_of_its_own(self, name: str) -> None:
-        child = run_pytest(
-            f"{__file__}::TestInterpreted::{name}",
-            TRITON_INTERPRET="1",
-            OMP_NUM_THREADS="1",  # the interpreter is numpy; tensors here are small
-            # numpy warns of every infinity that a hazard's row computes with.
-            PYTHONWARNINGS="ignore::RuntimeWarning",
-        )
-        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
 
 
 # -- checks of the launchers ------------------------------------------------------------------------
