@@ -86,6 +86,12 @@ def cross_entropy_forward_backward(
         unit = torch.where(waits, upstream / scale, 1.0).to(torch.float32)
         upstream = torch.where(waits, scale, upstream)
     grad = upstream * (p.q.sum(p.dim, keepdim=True) * p.x.softmax(p.dim) - p.q)
+    if not target.is_floating_point():
+        # An infinite factor makes the true class NaN, where torch has inf - inf.
+        ignored = target == options.ignore_index
+        label = labels_in_range(target, ignored, logits.shape[p.dim]).unsqueeze(p.dim)
+        odd = (upstream - upstream).to(grad.dtype).expand(label.shape)
+        grad = grad.scatter_add(p.dim, label, odd)
     return loss, layouts.empty_gradient(logits).copy_(torch.where(p.live, grad, 0)), unit
 
 
