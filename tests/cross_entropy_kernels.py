@@ -9,16 +9,16 @@ FASTOPT_TEST_KERNELS names them:
     interpreted  the Triton kernels with theirs; TRITON_INTERPRET=1 has to be set
 
 The last two take seconds for what the library does in milliseconds. So they have one shape for each
-branch, tests of all dtypes take each kernel in one of them, and some leave combinations out (`some`).
+branch, and some tests leave combinations out: where they go through all dtypes, the interpreter takes
+each kernel in one of them.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -39,16 +39,20 @@ if KERNELS == "library":
     EACH: dict[str, Shape] = {
         "tiles": (77, 7),
         "tiles-and-tail": (258, 10),
+        "tiles-of-vectors": (77, 33),
         "rows": (5, 1025),
+        "rows-in-chunks": (2, 8195),
         "segments": (1, 32771),
         "positions": (2, 21, 17),
+        "positions-in-vectors": (2, 64, 35),
+        "image": (2, 21, 5, 7),
         "positions-of-few-classes": (40, 7, 3),
     }
     # Around every vector length and unrolled block, then vocabularies; row counts that no tile
     # divides.
     class_counts = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
     class_counts += [507, 1000, 1025, 2049, 32000, 50257]
-    ROWS: dict[str, list[Shape]] = {
+    CLASS_COUNTS: dict[str, list[Shape]] = {
         str(n): [(rows, n) for rows in (1, 3, 77, 257) if rows * n <= 100_000 or rows == 1]
         for n in class_counts
     }
@@ -58,7 +62,11 @@ elif KERNELS == "emulated":
     NAMED = {name: branch.shape for name, branch in emulated.BRANCHES.items()} | {"no-batch": (19,)}
     EACH = {name: NAMED[name] for name in emulated.EACH}
     # Every small number, and every remainder of a vector at the start and the end of a row.
-    ROWS = {"few-classes": [(9, n) for n in range(1, 41)], "tails": list(emulated.TAILS)}
+    CLASS_COUNTS = {
+        "few-classes": [(9, n) for n in range(1, 41)],
+        "few-strided-classes": [(1, n, 9) for n in range(1, 41)],
+        "tails": list(emulated.TAILS),
+    }
 elif KERNELS == "interpreted":
     # Rows share a program, exactly a block, one class more, class counts that vectors divide or
     # not, sweeps over the row; positions in tiles of one batch entry or across entries, with and
@@ -89,21 +97,20 @@ elif KERNELS == "interpreted":
     )
     EACH = {name: NAMED[name] for name in each}
     # Whole 16-byte words and not.
-    ROWS = {"tails": [(3, n) for n in (1, 2, 8, 10, 33, 257, 259, 263, 264)]}
+    CLASS_COUNTS = {"tails": [(3, n) for n in (1, 2, 8, 10, 33, 257, 259, 263, 264)]}
 else:
     raise ValueError(f"FASTOPT_TEST_KERNELS={KERNELS}: library, emulated or interpreted")
 
 
-def some(combinations: Iterable[Any], step: int) -> list[Any]:
-    """All; in the interpreter every step-th, where `step` has no factor in common with what the last
-    parameter has values."""
-    return list(combinations)[:: step if KERNELS == "interpreted" else 1]
+# For tests with hundreds of cases: each kernel, or in the interpreter two that do not take long.
+BATCHES = [(9, 7), (2, 7, 5)] if KERNELS == "interpreted" else list(EACH.values())
+SMALL = [*BATCHES, (13,)]
 
 
 def each_kernel(dtype: torch.dtype | None = None) -> list[Shape]:
-    """A shape for each kernel; for a dtype of a test of all of them, its share where they are slow."""
+    """A shape for each kernel; for a dtype of a test of all of them, its share in the interpreter."""
     shapes = list(EACH.values())
-    if dtype is None or KERNELS == "library":
+    if dtype is None or KERNELS != "interpreted":
         return shapes
     return shapes[DTYPES.index(dtype) :: len(DTYPES)]
 
@@ -120,6 +127,18 @@ def these_kernels_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
         for name in OPS:
             monkeypatch.setattr(ops, name, ops.flat(name, getattr(launch, name)))
+
+
+# Rows that fit on a chip are read once, others twice.
+MEMORIES = ["ample", "scarce"] if KERNELS == "emulated" else ["ample"]
+
+
+@contextmanager
+def on_chip(memory: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if memory == "scarce":
+            patch.setattr(emulated, "default_device", emulated.tiny(900, False))
+        yield
 
 
 @contextmanager

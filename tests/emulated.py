@@ -1,5 +1,5 @@
 """The CUDA kernels of cross-entropy with their launcher on the CPU (g++ and tests/emulation), as
-torch.ops.fastopt_emulated; and as what answers the face, on the device that `use` names.
+torch.ops.fastopt_emulated; and as what answers the face, on the device that a shape asks for.
 
 Under FASTOPT_SANITIZE=1 they are built with sanitizers.
 """
@@ -154,11 +154,13 @@ EACH = (
     "packed",
     "packed-words",
     "few-lanes",
+    "vectors-a-lane",
     "warp",
     "block",
     "cluster",
     "read-twice",
     "positions",
+    "positions-in-pairs",
 )
 
 
@@ -182,8 +184,9 @@ TAILS = {
     for rows, device in ((9, H200), (10, tiny(900)), (11, tiny(900, False)))
     for classes in range(129, 146)
 }
-# By the shape of its logits a call is emulated on one of them; all others on an H200.
+# By the shape of its logits a call is emulated on one of them; all others on the default device.
 _DEVICES = {branch.shape: branch.device for branch in BRANCHES.values()} | TAILS
+default_device = H200
 # Where the next gradients lie, made from a gradient as the launcher would have it.
 new_gradient: Callable[[Tensor], Tensor] | None = None
 
@@ -207,16 +210,8 @@ class _Guarded:
         assert all((guard == self.PATTERN).all() for guard in guards), "a store out of bounds"
 
 
-def _view_strides(tensor: Tensor) -> tuple[int, int, int]:
-    """(batch, class, position), where the positions step through memory as one."""
-    if tensor.dim() == 1:
-        return 0, tensor.stride(0), 0
-    wide = [axis for axis in range(2, tensor.dim()) if tensor.shape[axis] != 1]
-    return tensor.stride(0), tensor.stride(1), tensor.stride(wide[-1]) if wide else 0
-
-
 def device_of(logits: Tensor) -> Device:
-    return _DEVICES.get(tuple(logits.shape), H200)
+    return _DEVICES.get(tuple(logits.shape), default_device)
 
 
 # Both orders of the threads touch the same memory: one is enough for the sanitizers.
@@ -239,7 +234,7 @@ def cross_entropy_forward_backward(logits: Tensor, *others: object) -> tuple[Ten
         like = layouts.empty_gradient(logits)
         guarded = _Guarded(like)
         grad = new_gradient(like) if new_gradient else guarded.tensor
-        strides = map(ctypes.c_int64, _view_strides(grad))
+        strides = map(ctypes.c_int64, layouts.viewed(grad)[1])
         library().fastopt_set_gradient(ctypes.c_void_p(grad.data_ptr()), *strides)
         op = torch.ops.fastopt_emulated.cross_entropy_forward_backward
         loss, own, unit = op(logits, *others)
