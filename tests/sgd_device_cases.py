@@ -146,6 +146,32 @@ def check_many_rows_and_groups(device: Device) -> None:
     device.check(run)
 
 
+def check_several_gpus(device: Device) -> None:
+    """As many parameters on each, or not; the CPU under two names stands for both."""
+    cpu = torch.device("cpu")
+    own_step = devices.Devices.step
+    for first, second in [([0, 2], [1, 3]), ([1], [0, 2, 3])]:
+        of_each: dict[Any, devices.Devices] = {}
+
+        def of_name(
+            self: Any, optimizer: Any, name: Any, *others: Any, of_each: Any = of_each
+        ) -> Any:
+            of_one = of_each.setdefault(name, devices.Devices())
+            return own_step(of_one, optimizer, cpu, *others)
+
+        def run(make: Any) -> list[Snapshot]:
+            return train(make([leaf(values(9 + n, seed=n)) for n in range(4)], **DAMPED))
+
+        found = {cpu: first, torch.device("cpu", 0): second}
+        before = len(device.launched)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(devices.Devices, "step", of_name)
+            patch.setattr("fastopt.sgd.step.places", lambda params, found=found: found)
+            ours = device.history(run)
+        assert len(device.launched) - before == 2 * len(ours), "one for each GPU in every step"
+        assert_same_history(ours, run(for_loop))
+
+
 def check_mixed_dtypes(device: Device) -> None:
     dtypes = [d for d in DTYPES if d is not torch.bfloat16 or device.rounds_bfloat16]
 
@@ -427,6 +453,7 @@ def check_distributed_tensors(device: Device) -> None:
 
 CASES: list[Callable[[Device], None]] = [
     check_many_rows_and_groups,
+    check_several_gpus,
     check_mixed_dtypes,
     check_late_gradients,
     check_options_on_the_device,

@@ -237,7 +237,7 @@ class DeviceStep:
     def gather(
         self,
         options: tuple[Any, ...],
-        tensors: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]],
+        tensors: tuple[tuple[Any, ...], ...],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> Gathered:

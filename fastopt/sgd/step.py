@@ -221,21 +221,19 @@ def _whole_gpu_step(
     optimizer: Any,
     of_devices: dict[torch.device, list[int]],
     options: tuple[Any, ...],
-    tensors: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]],
+    tensors: tuple[tuple[Any, ...], ...],
     scale: Scale,
 ) -> bool:
-    params, grads, buffers = tensors
     devices = Devices.of(optimizer)
     ready = []
     with devices.lock:
         for device, own in of_devices.items():
-            if len(own) != len(params):
-                params, grads, buffers = (tuple(t[i] for i in own) for t in tensors)
+            its = tensors
+            if len(own) != len(tensors[0]):
+                its = tuple(tuple(t[i] for i in own) for t in tensors)
             step = devices.step(optimizer, device, tensors[0], own)
-            step.rearrange(buffers)
-            gathered = step.gather(
-                options, (params, grads, buffers), scale.grad_scale, scale.found_inf
-            )
+            step.rearrange(its[2])
+            gathered = step.gather(options, its, scale.grad_scale, scale.found_inf)
             if gathered.left:
                 return False
             ready.append((step, gathered))
