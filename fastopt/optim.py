@@ -61,7 +61,7 @@ class SGD(torch.optim.SGD):
     local shards. All else (other devices, sparse, complex, overlapping memory, tensor subclasses,
     tensors with a gradient as options) takes torch's path, parameter by parameter.
 
-    What follows about GPUs was tested on CPUs only so far (bench/results/LEDGER.md). On GPU a step
+    What follows about GPUs is tested on CPUs (what ran where: bench/results/LEDGER.md). On GPU a step
     never waits for the device. lr, momentum, dampening and weight_decay may be tensors there, which
     the kernels read: a captured CUDA graph follows a scheduler that writes into them (with Triton's
     kernels after one step outside a capture, which compiles them). Any ``found_inf`` but 0 leaves

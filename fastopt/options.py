@@ -1,5 +1,6 @@
-"""The options of a cross-entropy call. Every op takes them in this order behind its tensors, so
-that one more is a field and a word of the schema here, and what it means in each kernel.
+"""The options of a cross-entropy call. Both ops that compute a loss take them in this order behind
+their tensors. One more is a field and a word of the schema here, an argument of the same ops in
+csrc/host/cross_entropy.h, and what it means in each kernel.
 """
 
 from typing import NamedTuple

@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op; imported when first used."""
+"""Triton kernels, one file or folder an op; imported when first used."""

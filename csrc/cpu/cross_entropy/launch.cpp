@@ -1,5 +1,6 @@
-// Softmax cross-entropy on CPU, the side that faces torch: checks, views, the plan (which kernel,
-// how the work is cut), and the registration of the ops whose schemas stand in fastopt/ops.py.
+// Softmax cross-entropy on CPU, the back end of host/cross_entropy.h: what the kernels are told,
+// the plan (which of them, how the work is cut), and the registration of the ops whose schemas
+// stand in fastopt/ops.py.
 #include <sys/mman.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

@@ -4,7 +4,6 @@
 //   rows      classes contiguous; row.h has the sums and the gradient of a row
 //   segments  the same for a few very long rows, which all cores share
 //   tiles     classes strided, or few
-//
 #pragma once
 
 #include "cpu/levels.h"

@@ -8,7 +8,6 @@
 namespace fastopt::gpu {
 
 // Blocks beyond the number of one kind's parts have nothing to do for it.
-// Blocks beyond the number of one kind's parts have nothing to do for it.
 template <class A>
 FASTOPT_KERNEL void FASTOPT_BOUNDS(kSumThreads)
     cross_entropy_sums(FASTOPT_PARAMS CrossEntropyParams p) {
