@@ -97,9 +97,8 @@ FASTOPT_INLINE Vec<float> load(const Half* p) {
   memcpy(&h, p, sizeof(h));
   return bit_cast<Vec<float>>(vcvt_f32_f16(h));
 #else
-  Vec<float> v;
-  for (int i = 0; i < kHalfLanes; ++i) v[i] = to_acc(p[i]);
-  return v;
+  static_assert(kHalfLanes == 4);
+  return Vec<float>{to_acc(p[0]), to_acc(p[1]), to_acc(p[2]), to_acc(p[3])};
 #endif
 }
 
@@ -224,10 +223,13 @@ FASTOPT_INLINE void transpose4(const float* from, int64_t from_stride, float* to
 }
 
 // ---- exp and log ----
-// exp(x) = 2^n p(r) with n = round(x / ln 2), r = x - n ln 2 (ln 2 in two parts, so that n * high
-// is exact) and p a minimax polynomial (relative error 1.9e-9, resp. 3.1e-18, fitted by Remez).
-// Only for x <= 0, as in a softmax. Below the smallest normal number the result is exactly 0, so
-// exp(-inf) = 0; NaN stays NaN.
+// exp(x) = 2^n p(r) with n = round(x / ln 2), r = x - n ln 2 and p a minimax polynomial (fitted by
+// Remez; p(0) = 1). Only for x <= 0, as in a softmax. Below the smallest normal number the result
+// is exactly 0, so exp(-inf) = 0; NaN stays NaN.
+//
+// double: ln 2 in two parts, so that n * high is exact; relative error 3.1e-18 before rounding.
+// float: 1.1e-7, and 2.7e-9 |x| from ln 2 in one part. That is less than what rounding
+// x - log(sum) costs torch's softmax, 6e-8 |x|, and a sum adds up both signs of it.
 
 // 1 + r + r^2 p. Horner rounds less with fused multiply-adds, small parts first without.
 template <class A>
@@ -243,11 +245,14 @@ FASTOPT_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   constexpr float kShift = 0x1.8p23f + 127;  // adding it leaves n + 127 in the low mantissa bits
   const Vec<float> shifted = x * 1.44269504f + kShift;
   const Vec<float> n = shifted - kShift;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const Vec<float> r = x - n * 0x1.62e43p-1f;
+#else  // the product would be rounded
   const Vec<float> r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;
-  Vec<float> p = r * 1.38367942e-3f + 8.37485706e-3f;
-  p = p * r + 4.16682287e-2f;
-  p = p * r + 1.66664197e-1f;
-  p = p * r + 4.99999921e-1f;
+#endif
+  Vec<float> p = r * 8.31250134e-3f + 4.18903315e-2f;
+  p = p * r + 1.66671154e-1f;
+  p = p * r + 4.99992303e-1f;
   p = last_steps<float>(p, r);
   const Vec<float> result = p * bit_cast<Vec<float>>(bit_cast<IntVec<float>>(shifted) << 23);
   return x < -87.33f ? Vec<float>{} : result;
