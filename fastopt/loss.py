@@ -23,7 +23,7 @@ from torch.nn import _reduction
 from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
-from fastopt import backends, layouts, ops, reference
+from fastopt import backends, layouts, ops, reference, selfcheck
 from fastopt.options import MEAN, NONE, REDUCTIONS, Options
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
@@ -256,7 +256,7 @@ def _serves(
             return False
     else:
         return False
-    return weight is None or (
+    if weight is not None and not (
         type(weight) in _TENSOR_TYPES
         and not weight.requires_grad
         and weight.device == logits.device
@@ -264,7 +264,9 @@ def _serves(
         and weight.dim() == 1  # a nested tensor has no shape to ask for
         and same(weight.shape, (classes,))
         and _loss_dtype(weight) == _loss_dtype(logits)
-    )
+    ):
+        return False
+    return not cuda or selfcheck.serves("cross_entropy", dtype, logits.device.index)
 
 
 def _only_a_default_device(weight: Any) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from cross_entropy_cases import (
     make_target,
     random_upstream,
 )
+from fastopt import selfcheck
 
 pytestmark = pytest.mark.gpu
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -68,6 +70,15 @@ def test_our_kernels_serve() -> None:
     logits = make_logits((256, 32000), torch.bfloat16).requires_grad_()
     loss = fastopt.cross_entropy(logits, make_target(logits))
     assert "_LossBackward" in type(loss.grad_fn).__name__
+
+
+@pytest.mark.parametrize("op, dtype", selfcheck.EVERY, ids=str)
+def test_kernels_pass_their_own_check(
+    op: str, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert selfcheck.examine(op, dtype, torch.cuda.current_device()) == ""
+    assert selfcheck.known(op, dtype, torch.cuda.current_device()) == ""
 
 
 @each_dtype

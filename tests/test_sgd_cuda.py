@@ -2,6 +2,7 @@
 g++ compiles against tests/emulation."""
 
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -42,12 +43,12 @@ SANITIZED = os.environ.get("FASTOPT_SANITIZE") == "1"
 CASES = [*sgd_device_cases.CASES, *sgd_device_state_cases.CASES]
 
 
-@pytest.fixture(scope="session")
-def emulation() -> ctypes.CDLL:
+@functools.cache
+def library() -> ctypes.CDLL:
     """tests/emulation/sgd.cpp, built once per version of what it includes."""
     source = ROOT / "tests/emulation/sgd.cpp"
     sanitized = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    library = compiled(
+    path = compiled(
         ROOT / "build/emulation" / ("libsgd_sanitized.so" if SANITIZED else "libsgd.so"),
         [source, *(ROOT / "csrc").rglob("*.h"), ROOT / "tests/emulation/emulation.h"],
         [
@@ -63,13 +64,18 @@ def emulation() -> ctypes.CDLL:
             *("-Icsrc", "-Itests/emulation", source),
         ],
     )
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(path))
     run = loaded.fastopt_sgd_run_emulated
     run.argtypes = [
         ctypes.POINTER(SgdLaunch), ctypes.c_bool, ctypes.POINTER(ctypes.c_int64)
     ]  # fmt: skip
     run.restype = ctypes.c_char_p
     return loaded
+
+
+@pytest.fixture(scope="session")
+def emulation() -> ctypes.CDLL:
+    return library()
 
 
 @pytest.fixture(params=["ascending", "descending", "without_compiled_gather"])

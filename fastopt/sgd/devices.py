@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fastopt import selfcheck
 from fastopt.sgd import gather, launch
 from fastopt.sgd.gather import PLAIN
 from fastopt.sgd.table import NEEDS_BUFFER, OVERLAPPING, READY, TORCH, Groups, Launch, SgdRow
@@ -78,10 +79,14 @@ def _shard(param: Any, tensor: Any) -> Any:
 
 def gpu_of(param: Any) -> torch.device | None:
     """The GPU whose DeviceStep has room for it. Whether kernels then update it, gather decides."""
-    if launch.family() is None or _local(param) is None or not launch.serves(param.device):
+    if launch.family() is None or _local(param) is None or not serves(param.device):
         return None
     device: torch.device = param.device
     return device
+
+
+def serves(device: torch.device) -> bool:
+    return launch.serves(device) and selfcheck.serves("sgd", None, device.index)
 
 
 def places(params: Iterable[Any]) -> dict[torch.device, list[int]]:
