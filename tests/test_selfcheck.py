@@ -26,8 +26,8 @@ import served
 import test_sgd_cuda
 from child import run_python
 from fastopt import MissingKernelsWarning, backends, loss, ops, selfcheck, selfcheck_cases
-from fastopt.sgd import devices, gather, launch
-from fastopt.sgd.table import Launch
+from fastopt.sgd import devices, gather, launch, step
+from fastopt.sgd.table import NAMES, Launch
 
 f32, bf16 = torch.float32, torch.bfloat16
 ALL = selfcheck_cases._CASES
@@ -255,6 +255,24 @@ def test_bad_kernels_of_sgd_do_not_serve(
         optimizer.step()
     assert len(caught) == 1 and torch.equal(param, torch.full((5,), 0.9))
     assert ran == [("sgd", None)]
+
+
+@pytest.mark.stock
+@pytest.mark.parametrize("served", [True, False])
+def test_a_gpu_that_is_not_served_has_the_step_that_torch_would_choose(
+    served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's for-loop is for parameters beside such as our kernels take."""
+    monkeypatch.setattr(launch, "DEVICE_TYPE", "meta")
+    monkeypatch.setattr(launch, "family", lambda: "tested")
+    monkeypatch.setattr(backends, "serves_gpu", lambda index: True)
+    monkeypatch.setattr(selfcheck, "serves", lambda *of: served)
+    chosen: dict[str, Any] = {}
+    monkeypatch.setattr(step, "sgd", lambda *tensors, **options: chosen.update(options))
+    param = torch.ones(2, device="meta")
+    options = dict(zip(NAMES, (0.1, 0, 0, 0, False, False, None, True), strict=True))
+    step.torch_update(options, [param], [param], [None], False, step.Scale(None, None))
+    assert (chosen["foreach"], chosen["fused"]) == ((False, False) if served else (None, True))
 
 
 def no_memory(*arguments: Any) -> Any:

@@ -26,7 +26,7 @@ from torch.optim.sgd import sgd
 from torch.utils._device import DeviceContext
 
 from fastopt.sgd import gather, launch
-from fastopt.sgd.devices import Devices, buffers_of, capturing, gpu_of, places
+from fastopt.sgd.devices import Devices, buffers_of, capturing, gpu_of, places, serves
 from fastopt.sgd.gather import Gather
 from fastopt.sgd.table import NAMES, NEEDS_BUFFER, NO_GRADIENT, READY, TORCH, Groups
 
@@ -431,15 +431,17 @@ def torch_update(
     foreach, fused = options["foreach"], options["fused"]
     of_fused: dict[str, Any] = {"grad_scale": None, "found_inf": None}
     on_cpu = all(param.device.type == "cpu" for param in params)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    on_gpu_of_ours = not compiling and any(map(serves, {param.device for param in params}))
+    if compiling:
         of_fused = {"grad_scale": scale.grad_scale, "found_inf": scale.found_inf}
     elif scale.inv_scale is not None:
-        if on_cpu or launch.family() is None:
+        if on_cpu or not on_gpu_of_ours:
             for grad in grads:
                 grad.mul_(scale.inv_scale)
         else:
             grads = [grad * scale.inv_scale for grad in grads]
-    if not torch.compiler.is_compiling() and (on_cpu or launch.family() is not None):
+    if not compiling and (on_cpu or on_gpu_of_ours):
         # torch's foreach writes into gradients (nesterov) and, on CPU, rounds momentum to half
         # precision: on GPU it runs where it was asked for. Its fused kernels ignore version
         # counters and, on CPU, strides, shapes and half parameters: only their errors are kept.
