@@ -1,21 +1,28 @@
 """`python -m fastopt`: what was built, which kernel serves which device here, and why the rest
-is missing. The exit status is 1 where kernels are missing that could serve here."""
+is missing. The exit status is 1 where kernels are missing that could serve here.
 
+`python -m fastopt check`: whether the kernels of each GPU give right values there; what was found
+is kept for all later processes. The exit status is 1 where one does not."""
+
+import json
 import os
 import platform
+import subprocess
 import sys
+from typing import NoReturn
 
 import torch
 
 import fastopt
-from fastopt import backends, loss, ops
-from fastopt.sgd import gather, step
+from fastopt import backends, loss, ops, selfcheck
+from fastopt.sgd import gather, launch, step
 
 # What can be set, and what it means while it is not.
 ENVIRONMENT = {
     "FASTOPT_ALWAYS": "calls too small for our kernels to win go to torch's own",
     "FASTOPT_SIMD": "the best SIMD level of this CPU",
     "FASTOPT_BACKEND": "the compiled kernels where they were built, else Triton's (GPU)",
+    "FASTOPT_CHECK": "kernels of a GPU serve once they gave right values there (0: trust them)",
     "FASTOPT_LIBRARY": "the library in the package",
     "FASTOPT_DEBUG": "on a GPU, labels out of range make the loss NaN, and nothing waits for it",
 }
@@ -46,6 +53,21 @@ def gpus() -> list[list[str]]:
         for i in range(torch.cuda.device_count())
         for reason in [backends.why_not_gpu(i)]
     ]
+
+
+def verdicts() -> list[list[str]]:
+    """What is known of the kernels on every GPU that they could serve."""
+    if launch.family() is None:
+        return []
+    rows = []
+    for i in filter(backends.serves_gpu, range(torch.cuda.device_count())):
+        for op, dtype in selfcheck.EVERY:
+            verdict = selfcheck.known(op, dtype, i)
+            words = "not checked yet" if verdict is None else verdict or "right"
+            if not backends.CHECK:
+                words = "trusted: FASTOPT_CHECK=0"
+            rows.append([f"cuda:{i}", selfcheck.name(op, dtype), words])
+    return rows
 
 
 def op_kernel(op: str, device: str) -> str:
@@ -108,6 +130,9 @@ kernels
 GPUs
 {table(gpus() or [["none that torch sees"]])}
 
+what they gave on them (`python -m fastopt check` runs them)
+{table(verdicts() or [["nothing to check"]])}
+
 environment
 {table(environment)}"""
 
@@ -120,7 +145,51 @@ def exit_status() -> int:
     return int(cpu or gpu)
 
 
+CHILD = [sys.executable, "-m", "fastopt", "check"]
+CHILD_LIMIT_S = 180.0  # to start, and to be silent for as long as a check lets it
+
+
+def check() -> int:
+    """Every verdict anew, each from a child: a wrong address leaves no context to go on with, and
+    what hangs is to be killed."""
+    rows = verdicts()
+    if not rows:
+        print("there are no kernels on a GPU to check")
+    failed = False
+    for gpu, kernels, _ in rows:
+        index, (op, dtype) = int(gpu[5:]), BY_NAME[kernels]
+        command = [*CHILD, gpu[5:], kernels]
+        verdict = "the process that checked it "
+        try:
+            child = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=False, timeout=CHILD_LIMIT_S
+            )
+            verdict = json.loads(child.stdout.splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            verdict += f"gave no answer within {CHILD_LIMIT_S:g} s"
+            selfcheck.remember(op, dtype, index, verdict)
+        except (LookupError, ValueError):
+            verdict += f"ended with status {child.returncode}"
+            selfcheck.remember(op, dtype, index, verdict)
+        print(f"  {gpu}  {kernels:25}  {verdict or 'right'}", flush=True)
+        failed |= verdict != ""
+    return int(failed)
+
+
+BY_NAME = {selfcheck.name(*of): of for of in selfcheck.EVERY}
+
+
+def check_one(index: str, kernels: str) -> NoReturn:
+    """A child of check(). What hangs in a thread of its own must not keep it from ending."""
+    print(json.dumps(selfcheck.examine(*BY_NAME[kernels], int(index))), flush=True)
+    os._exit(0)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["check"]:
+        sys.exit(check())
+    if sys.argv[1:2] == ["check"]:
+        check_one(*sys.argv[2:])
     try:
         print(report(), flush=True)
     except BrokenPipeError:  # `| head -1` has seen enough; Python would try again at its end

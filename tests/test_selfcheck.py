@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import queue
+import sys
 import threading
 import types
 import warnings
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import emulated
 import fastopt
+import fastopt.__main__ as main
 import served
 import test_sgd_cuda
 from child import run_python
@@ -549,3 +551,50 @@ def test_a_gpu_that_cannot_be_asked_does_not_serve(
     monkeypatch.setattr(Machine, "is_capturing", refuse)
     with pytest.warns(MissingKernelsWarning, match="no kernel image is available"):
         assert not selfcheck.serves("cross_entropy", f32, 0)
+
+
+# -- python -m fastopt check ----------------------------------------------------------------------
+
+CHILD = "import sys, test_selfcheck; test_selfcheck.check_in_a_child(*sys.argv[1:])"
+
+
+def check_in_a_child(cache: str, kernels: str, index: str, name: str) -> None:
+    with a_machine(Path(cache)), pytest.MonkeyPatch.context() as patch:
+        if kernels == "wrong":
+            patch.setattr(ops, "cross_entropy_forward_backward", wrong_gradient)
+        if kernels == "dies":
+            patch.setattr(ops, "cross_entropy_forward_backward", lambda *_: sys.exit(3))
+            patch.setattr(selfcheck, "Gpu", lambda index: sys.exit(3))
+        main.check_one(index, name)
+
+
+@pytest.mark.parametrize("kernels", ["right", "wrong", "dies", "hangs"])
+def test_the_command_checks_in_children(
+    kernels: str, ran: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(selfcheck, "EVERY", [("cross_entropy", bf16)])
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "cache"), kernels]
+    if kernels == "hangs":
+        command = [sys.executable, "-c", "import time; time.sleep(1000)"]
+        monkeypatch.setattr(main, "CHILD_LIMIT_S", 0.1)
+    monkeypatch.setattr(main, "CHILD", command)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[1]}")
+    reason = {
+        "right": "right",
+        "wrong": "gradient of 33x10",
+        "dies": "the process that checked it ended with status 3",
+        "hangs": "the process that checked it gave no answer within 0.1 s",
+    }[kernels]
+    assert main.verdicts() == [["cuda:0", "cross_entropy in bfloat16", "not checked yet"]]
+    assert main.check() == (kernels != "right")
+    assert f"cuda:0  cross_entropy in bfloat16  {reason}" in capsys.readouterr().out
+    # What was found is on disk, and in the report.
+    assert main.verdicts()[0][2].startswith(reason) and ran == []
+    monkeypatch.setattr(backends, "CHECK", False)
+    assert main.verdicts()[0][2] == "trusted: FASTOPT_CHECK=0"
+
+
+def test_without_a_gpu_the_command_says_so(capsys: Any) -> None:
+    assert main.check() == 0
+    assert "no kernels on a GPU to check" in capsys.readouterr().out

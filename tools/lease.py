@@ -485,6 +485,7 @@ def first(rehearse: bool) -> list[list[Part]]:
     cuda = environment_of("cuda")
     return [
         [Part("python -m fastopt", [PYTHON, "-m", "fastopt"], 60, cuda)],
+        [Part("python -m fastopt check", [PYTHON, "-m", "fastopt", "check"], 90, cuda)],
         [Part(f"smoke: {group}", smoke(group, rehearse), 60, cuda) for group in SMOKE],
         gpu_tests("cuda", 120)[:2],
         [sanitizer("memcheck", f"smoke {group}", smoke(group, rehearse), 90) for group in SMOKE],
