@@ -115,7 +115,7 @@ sanitize: build
 wheel: build
 	rm -rf dist build/lib*
 	FASTOPT_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
-	$(PYTEST) tests/test_packaging.py tests/test_install.py
+	$(PYTEST) -n auto --maxprocesses 8 tests/test_packaging.py tests/test_install.py
 
 # The kernels for another machine: every source compiled, warnings being errors, and the library
 # linked; then their values, where qemu-user is installed.
