@@ -6,6 +6,7 @@ Runs without FASTOPT_ALWAYS=1: `pytest -m crossover`.
 from __future__ import annotations
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 
 import fastopt
 import fastopt.backends
+import fastopt.loss
 from accuracy import assert_same_bits
+from child import run
 from cross_entropy_cases import (
     EVERYTHING,
     REDUCTIONS,
@@ -83,3 +86,49 @@ def test_small_calls_have_torchs_errors_too() -> None:
         fastopt.cross_entropy(logits, torch.full((4,), 10))
     with pytest.raises(ValueError, match="batch_size"):
         fastopt.cross_entropy(logits, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_tiny_calls_skip_torchs_own_python(monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
+    """Its C++ function is called with the same arguments."""
+    logits = make_logits((4, 10))
+    target, keywords = EVERYTHING.apply(logits, make_target(logits))
+    calls = []
+
+    def stock(*arguments: object) -> torch.Tensor:
+        calls.append(arguments)
+        return F.cross_entropy(*arguments)
+
+    monkeypatch.setattr(fastopt.loss, "_stock", stock)
+    results = []
+    for known in (fastopt.loss._STOCK_IS_KNOWN, False):
+        monkeypatch.setattr(fastopt.loss, "_STOCK_IS_KNOWN", known)
+        results.append(fastopt.cross_entropy(logits, target, reduction=reduction, **keywords))
+        assert len(calls) == (not known)
+    assert_same_bits(*results)
+
+
+def test_a_patch_that_was_there_first_gets_tiny_calls() -> None:
+    """Whoever patched torch before fastopt was imported is called as torch would be."""
+    script = """
+import torch, torch.nn.functional as F
+original, calls = F.cross_entropy, []
+def patch(*arguments, **keywords):
+    calls.append(arguments)
+    return original(*arguments, **keywords)
+F.cross_entropy = patch
+import fastopt
+fastopt.CrossEntropyLoss()(torch.randn(4, 10), torch.arange(4))
+assert len(calls) == 1, calls
+"""
+    done = run(sys.executable, "-c", script, FASTOPT_ALWAYS="0")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("reduction", ["average", 1, None, ["mean"]], ids=repr)
+def test_tiny_calls_refuse_what_torch_refuses(reduction: object) -> None:
+    logits = make_logits((4, 10))
+    with pytest.raises(Exception) as stock:
+        F.cross_entropy(logits, torch.arange(4), reduction=reduction)
+    with pytest.raises(stock.type):
+        fastopt.cross_entropy(logits, torch.arange(4), reduction=reduction)
