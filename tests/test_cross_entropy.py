@@ -410,7 +410,9 @@ WRONG_LABELS = [(wrong, torch.float32) for wrong in (-1, "classes", 2**31, 2**62
 
 
 @pytest.mark.gpu_kernels
-@pytest.mark.parametrize(("wrong", "dtype"), [*WRONG_LABELS, *((2**40, d) for d in DTYPES)])
+@pytest.mark.parametrize(
+    ("wrong", "dtype"), [*WRONG_LABELS, *((2**40, d) for d in DTYPES)], ids=dtype_name
+)
 def test_labels_out_of_range_make_their_row_nan(wrong: int | str, dtype: torch.dtype) -> None:
     """Loss and gradient of that row, and of no other; as an address, 2^40 would not survive. (On a
     CPU they raise.)"""
