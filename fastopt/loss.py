@@ -38,18 +38,15 @@ _STOCK_IS_KNOWN = getattr(getattr(_stock, "__code__", None), "co_names", None) =
 )
 
 # The crossover: smaller calls go to stock, whose C++ autograd node costs less than a Python
-# autograd.Function (13 us of 37 us for a whole forward and backward on the machine below). There,
-# stock takes about 12 ns more for every logit of rows with fewer than 16 classes, which it does
-# not vectorise, 50 ns more a row and 0.5 ns more a logit of longer ones.
+# autograd.Function, 13 to 55 us of a whole forward and backward. It stands where neither of two
+# machines loses; the faster one could begin at 256 x 10.
 #
-# time of stock / ours, forward + backward, float32, 2 threads of an AMD EPYC (Zen 4), torch 2.13:
-#   64x10 0.88   128x10 1.04   256x10 1.24   512x2 0.91   1024x2 1.10 (in a tight loop; between
-#   the other steps of a training, with cold caches, 128x10 is 0.80)
-#   512x16 0.87  512x64 1.01   256x100 0.85  512x100 0.97  1024x100 1.19
-#   16x1000 0.79 64x1000 1.14  128x1000 1.45 4x10000 0.95  16x10000 1.59
-_FEW_CLASSES = 16
-_MIN_LOGITS_OF_FEW_CLASSES = 2560
-_MIN_COST_OF_MANY_CLASSES, _ROW_COST = 80_000, 96  # in logits
+# time of stock / ours, forward + backward, float32, 2 threads, torch 2.13, in a tight loop:
+#                  128x10 256x10 2048x10 4096x10 4096x2 512x100 1024x100 64x1000 128x1000 16x10000
+#   Zen 4, AVX-512  1.04   1.24                           0.97    1.19    1.14    1.45     1.59
+#   Zen 3, AVX2     0.67   0.70   0.94    1.16   0.88    0.87    1.00    1.06    1.30     1.41
+#   and there (2, 21, 32, 32) 0.99, (4, 21, 32, 32) 1.25, 512x64 0.79
+_MIN_COST, _ROW_COST = 80_000, 16  # in logits
 # On an H200 1024 x 1000 float32 logits take the device 23 us, stock's kernels 37; the host needs some
 # 30 us more than stock's whatever the size (bench/results/gpu-nvidia-h200-cuda/notes.md).
 _MIN_LOGITS_ON_GPU = 1 << 20
@@ -69,13 +66,11 @@ def _is_too_small(count: int, classes: int, cuda: bool = False) -> bool:
         return False
     if cuda:
         return count < _MIN_LOGITS_ON_GPU
-    if classes < _FEW_CLASSES:
-        return count < _MIN_LOGITS_OF_FEW_CLASSES
-    return count + count // classes * _ROW_COST < _MIN_COST_OF_MANY_CLASSES
+    return count + count // classes * _ROW_COST < _MIN_COST
 
 
 # What no rule would let through, to be asked before anything else.
-_MIN_LOGITS = 1 if backends.ALWAYS else _MIN_LOGITS_OF_FEW_CLASSES
+_MIN_LOGITS = 1 if backends.ALWAYS else _MIN_COST // (1 + _ROW_COST)
 
 _ON_CPU = backends.CPU_LIBRARY is not None or backends.BACKEND == "reference"
 _ON_GPU = backends.GPU_FAMILY is not None or backends.BACKEND == "reference"
