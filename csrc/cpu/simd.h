@@ -228,8 +228,8 @@ FASTOPT_INLINE void transpose4(const float* from, int64_t from_stride, float* to
 // is exactly 0, so exp(-inf) = 0; NaN stays NaN.
 //
 // double: ln 2 in two parts, so that n * high is exact; relative error 3.1e-18 before rounding.
-// float: 1.1e-7, and 2.7e-9 |x| from ln 2 in one part. That is less than what rounding
-// x - log(sum) costs torch's softmax, 6e-8 |x|, and a sum adds up both signs of it.
+// float: 1.1e-7, of both signs, and 2.7e-9 |x| from ln 2 in one part, where rounding
+// x - log(sum) costs torch's softmax up to 6e-8 |x - log(sum)|.
 
 // 1 + r + r^2 p. Horner rounds less with fused multiply-adds, small parts first without.
 template <class A>

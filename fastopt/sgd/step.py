@@ -432,7 +432,7 @@ def torch_update(
     of_fused: dict[str, Any] = {"grad_scale": None, "found_inf": None}
     on_cpu = all(param.device.type == "cpu" for param in params)
     compiling = torch.compiler.is_compiling()
-    on_gpu_of_ours = not compiling and any(map(serves, {param.device for param in params}))
+    on_gpu_of_ours = not (compiling or on_cpu) and any(map(serves, {p.device for p in params}))
     if compiling:
         of_fused = {"grad_scale": scale.grad_scale, "found_inf": scale.found_inf}
     elif scale.inv_scale is not None:
