@@ -93,5 +93,7 @@ def _counting_torch_update(options: Any, params: Any, *arguments: Any) -> None:
 
 
 loss._serves = _counting_serves
+if backends.ALWAYS:  # torch's C++ function answers empty calls unasked, and nobody would count them
+    loss._STOCK_IS_KNOWN = False
 step.kernel_step = _counting_kernel_step
 step.torch_update = _counting_torch_update
