@@ -138,41 +138,37 @@ def cross_entropy(
     are ignored get gradient 0 even where their logits are NaN; the gradient has the strides of the
     logits where those are dense (channels_last, say), stock's is always contiguous.
     """
-    if torch.jit.is_scripting():
+    if (
+        _STOCK_IS_KNOWN
+        and not torch.compiler.is_compiling()
+        and type(input) in _TENSOR_TYPES
+        and input.numel() < _MIN_LOGITS
+        and size_average is None
+        and reduce is None
+        and type(reduction) is str
+        and reduction in REDUCTIONS
+        and not has_torch_function_variadic(input, target, weight)
+    ):  # all that is left of stock, whose questions cost a tiny call 1 %
+        enum: Any = REDUCTIONS[reduction]  # its stub says str
+        return torch._C._nn.cross_entropy_loss(
+            input, target, weight, enum, ignore_index, label_smoothing
+        )
+    if not _serves(input, target, weight, ignore_index, reduction, label_smoothing):
         return _stock(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    else:  # torch.jit.script compiles the first branch and leaves this one alone
-        if (
-            _STOCK_IS_KNOWN
-            and not torch.compiler.is_compiling()
-            and type(input) in _TENSOR_TYPES
-            and input.numel() < _MIN_LOGITS
-            and size_average is None
-            and reduce is None
-            and type(reduction) is str
-            and reduction in REDUCTIONS
-            and not has_torch_function_variadic(input, target, weight)
-        ):  # all that is left of stock, whose questions cost a tiny call 1 %
-            enum: Any = REDUCTIONS[reduction]  # its stub says str
-            return torch._C._nn.cross_entropy_loss(
-                input, target, weight, enum, ignore_index, label_smoothing
-            )
-        if not _serves(input, target, weight, ignore_index, reduction, label_smoothing):
-            return _stock(
-                input,
-                target,
-                weight,
-                size_average,
-                ignore_index,
-                reduce,
-                reduction,
-                label_smoothing,
-            )
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
-        return _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    loss_dtype = _loss_dtype(input)
+    if target.dtype is not torch.int64:
+        loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target))
+    # Options, as a plain tuple: names would cost 0.5 us.
+    options = (ignore_index, label_smoothing, REDUCTIONS[reduction], loss_dtype)
+    return _cross_entropy(input, target, weight, options)
 
+
+# What torch.jit.script takes in its place.
+cross_entropy.__prepare_scriptable__ = lambda: _stock  # type: ignore[attr-defined]
 
 # Private names of torch. Where one is missing, the answer is the careful one.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -306,22 +302,13 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
 
 
 def _cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]
 ) -> Tensor:
-    loss_dtype = _loss_dtype(logits)
-    if target.dtype is not torch.int64:
-        loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target))
-    elif backends.DEBUG and logits.is_cuda:
-        _check_labels(target, logits.shape[layouts.class_dim(logits.shape)], ignore_index)
+    if backends.DEBUG and logits.is_cuda and target.dtype is torch.int64:
+        # Waits for the GPU to find what its kernels answer with NaN.
+        reference.check_labels(logits, target, Options(*options).ignore_index)
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()
-    # Options, as a plain tuple: names would cost 0.5 us.
-    options = (ignore_index, label_smoothing, REDUCTIONS[reduction], loss_dtype)
     if not torch.is_grad_enabled() or not logits.requires_grad:
         return ops.cross_entropy_forward(logits, target, weight, *options)
     largest = _largest_mass(logits, target, weight)
@@ -331,8 +318,7 @@ def _cross_entropy(
 
 
 def _largest_mass(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor | None:
-    """What the sum of a row's |target masses| never exceeds; None for 1. Of float16 logits, whose
-    gradient is held in units of it (ops.py)."""
+    """largest_mass of ops.py; None: not asked for, or 1."""
     if logits.dtype is not torch.float16:
         return None
     largest = None
@@ -344,13 +330,6 @@ def _largest_mass(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tens
         largest_row = sums.amax().clamp(min=1)  # smoothing adds up to 1
         largest = largest_row if largest is None else largest * largest_row
     return largest
-
-
-def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
-    """FASTOPT_DEBUG=1 waits for the GPU to find what its kernels answer with NaN."""
-    wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
-    if wrong.numel():
-        raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
 
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd

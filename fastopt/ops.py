@@ -29,8 +29,8 @@ SCHEMAS = {
     # grad_logits * unit is the gradient for an upstream gradient of 1 (with reduction none, of each
     # row's loss). unit: 0-dim, float32; 1 but for float16 logits, whose gradient for 1 would lose most
     # of its elements: it waits for the upstream gradient as multiples of a power of two, times what the
-    # mean divides by. largest_mass: 0-dim, float32, what no row's sum of |target mass| exceeds (1 where
-    # it is not given); of float16 logits only.
+    # mean divides by. largest_mass: 0-dim, float32, what neither a row's sum of |target mass| nor the
+    # factor of its softmax exceeds (1 where it is not given); of float16 logits only.
     "cross_entropy_forward_backward": f"({_ARGUMENTS}, Tensor? largest_mass=None)"
     " -> (Tensor loss, Tensor grad_logits, Tensor unit)",
     # In place, by an upstream gradient that stays on the device: one, where 1 costs nothing noticeable,

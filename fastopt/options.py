@@ -1,6 +1,6 @@
 """The options of a cross-entropy call. Both ops that compute a loss take them in this order behind
-their tensors. One more is a field and a word of the schema here, an argument of the same ops in
-csrc/host/cross_entropy.h, and what it means in each kernel.
+their tensors. One more is a field and a word of the schema here, a field and a type in
+csrc/host/cross_entropy.h, and what it means: in csrc/rules, in reference.py, in Triton's kernel.
 """
 
 from typing import NamedTuple
@@ -28,3 +28,11 @@ class Options(NamedTuple):
     def smoothed(self) -> bool:
         """Whether a label's row has mass in every class."""
         return self.label_smoothing > 0
+
+    def of_kernel(self, classes: int) -> dict[str, float]:
+        """What Triton's forward kernel is told of them, by the names of its arguments."""
+        return {
+            "ignore_index": self.ignore_index,
+            "keep": 1.0 - self.smoothing,
+            "uniform": self.smoothing / max(classes, 1),
+        }

@@ -36,25 +36,29 @@ def _problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Opt
         q = w * ((1 - smoothing) * target.to(x.dtype) + uniform)
         rows = x.new_full((), x.numel() / max(classes, 1))
         return _Problem(x, q, everything, everything, rows, dim)
-    if x.device.type == "cpu":  # elsewhere scatter_ would assert; no values are read on the host
-        wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
-        if wrong.numel():
-            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
     label = target.unsqueeze(dim)
     live = label != ignore_index
-    one_hot = torch.zeros_like(x).scatter_(dim, torch.where(live, label, 0), 1.0) * live
+    one_hot = torch.zeros_like(x).scatter(dim, torch.where(live, label, 0), 1.0) * live
     counted = live if options.smoothed else one_hot > 0
     # An infinite weight of a class without mass is no 0 * inf.
     q = torch.where(counted, w * ((1 - smoothing) * one_hot + uniform), 0)
     return _Problem(x, q, counted, live, torch.where(one_hot > 0, w, 0).sum(), dim)
 
 
-def cross_entropy_forward(
+def check_labels(logits: Tensor, target: Tensor, ignore_index: int) -> None:
+    classes = logits.shape[layouts.class_dim(logits.shape)]
+    wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+    if wrong.numel():
+        raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+
+
+def cross_entropy(
     logits: Tensor,  # (C), (N, C) or (N, C, d1, ...)
-    target: Tensor,  # int64 (N, d1, ...), or floating point like logits
+    target: Tensor,  # in range: int64 (N, d1, ...), or floating point like logits
     weight: Tensor | None,  # (C)
     options: Options,
 ) -> Tensor:
+    """The loss, in terms that autograd, transforms and compilers know."""
     p = _problem(logits, target, weight, options)
     # Class by class: infinite masses, or such as are too large to add up, make no inf - inf.
     terms = torch.where(p.counted, p.q * -p.x.log_softmax(p.dim), 0)
@@ -67,6 +71,15 @@ def cross_entropy_forward(
     return loss.to(options.loss_dtype)
 
 
+def cross_entropy_forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> Tensor:
+    # Elsewhere scatter would assert; no values are read on the host.
+    if logits.device.type == "cpu" and not target.is_floating_point():
+        check_labels(logits, target, options.ignore_index)
+    return cross_entropy(logits, target, weight, options)
+
+
 def cross_entropy_forward_backward(
     logits: Tensor,
     target: Tensor,
@@ -74,8 +87,8 @@ def cross_entropy_forward_backward(
     options: Options,
     largest_mass: Tensor | None = None,  # 0-dim
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = _problem(logits, target, weight, options)
     loss = cross_entropy_forward(logits, target, weight, options)
+    p = _problem(logits, target, weight, options)
     upstream = p.x.new_ones(())
     if options.reduction == MEAN:
         upstream = 1 / _divisor(p.total_weight, options)

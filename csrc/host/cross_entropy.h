@@ -184,12 +184,14 @@ inline View viewed(const Tensor& t) {
 
 // ---- one call ----
 
-// The options of a call, in the order of the ops' schemas.
+// The options of a call, in the order of the ops' schemas; their types also stand in
+// register_cross_entropy.
 struct CrossEntropyOptions {
   std::optional<Tensor> weight;
   int64_t ignore_index = -100;
   double label_smoothing = 0;
   int64_t reduction = kSum;
+  ScalarType loss_dtype = ScalarType::Float;
 };
 
 // The arguments that every op shares, checked, and the params that follow from them. Params is a
@@ -239,6 +241,7 @@ struct CrossEntropyCall {
 
     p.keep = 1.0 - smoothing;
     p.uniform = p.classes > 0 ? smoothing / static_cast<double>(p.classes) : 0.0;
+    p.constants = {1.0, smoothing};
     if (weight) {
       check(weight->dim() == 1 && weight->size(0) == p.classes, "weight must have shape (C)");
       check(weight->scalar_type() == accumulate,
@@ -331,24 +334,24 @@ struct CrossEntropyCall {
 //   static void scale(const CrossEntropyCall<CrossEntropyProblem>&, const Tensor& factor, bool
 //   smoothed)
 
-template <class Call>
-Tensor cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                             int64_t ignore_index, double label_smoothing, int64_t reduction,
-                             ScalarType loss_dtype) {
-  return Call(logits, target, {weight, ignore_index, label_smoothing, reduction}).loss(loss_dtype);
-}
+template <class Call, class... Option>
+struct CrossEntropyLosses {
+  static Tensor forward(Tensor logits, Tensor target, Option... option) {
+    const CrossEntropyOptions options{option...};
+    return Call(logits, target, options).loss(options.loss_dtype);
+  }
 
-template <class Call>
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward(
-    Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
-    double label_smoothing, int64_t reduction, ScalarType loss_dtype,
-    std::optional<Tensor> largest_mass) {
-  Call call(logits, target, {weight, ignore_index, label_smoothing, reduction});
-  call.check_largest(largest_mass);
-  const auto [grad_logits, unit] = call.want_gradient(largest_mass);
-  const Tensor loss = call.loss(loss_dtype);
-  return {loss, grad_logits, unit};
-}
+  static std::tuple<Tensor, Tensor, Tensor> forward_backward(Tensor logits, Tensor target,
+                                                             Option... option,
+                                                             std::optional<Tensor> largest_mass) {
+    const CrossEntropyOptions options{option...};
+    Call call(logits, target, options);
+    call.check_largest(largest_mass);
+    const auto [grad_logits, unit] = call.want_gradient(largest_mass);
+    const Tensor loss = call.loss(options.loss_dtype);
+    return {loss, grad_logits, unit};
+  }
+};
 
 template <class Call>
 void cross_entropy_scale(Tensor grad_logits, Tensor factor, Tensor target, int64_t ignore_index,
@@ -372,8 +375,10 @@ void cross_entropy_scale(Tensor grad_logits, Tensor factor, Tensor target, int64
 
 template <class Call, class Library>
 void register_cross_entropy(Library& library) {
-  library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward<Call>));
-  library.impl("cross_entropy_forward_backward", TORCH_BOX(&cross_entropy_forward_backward<Call>));
+  using Losses =
+      CrossEntropyLosses<Call, std::optional<Tensor>, int64_t, double, int64_t, ScalarType>;
+  library.impl("cross_entropy_forward", TORCH_BOX(&Losses::forward));
+  library.impl("cross_entropy_forward_backward", TORCH_BOX(&Losses::forward_backward));
   library.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale<Call>));
 }
 

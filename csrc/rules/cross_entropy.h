@@ -1,7 +1,7 @@
 // What every cross-entropy kernel is told, on CPU and GPU alike: a plain struct, no torch type.
 #pragma once
 
-#include "types.h"
+#include "softmax.h"
 
 namespace fastopt {
 
@@ -30,6 +30,7 @@ struct CrossEntropyProblem {
   // q of the formula, with e = label_smoothing and C = classes.
   double keep;     // 1 - e
   double uniform;  // e / C
+  RowConstants<double> constants;
 
   void* row_loss;  // one per row in the accumulation type; null: not wanted
   void* grad;      // d loss / d logits; null: not wanted

@@ -35,7 +35,7 @@ __asm__(".symver exp, exp@GLIBC_2.17\n.symver log, log@GLIBC_2.17");
 
 // What one sweep over (a part of) a row leaves. `sum` and `dot` are relative to stats_base(max).
 template <class A>
-struct alignas(16) RowStats {
+struct alignas(16) alignas(A) RowStats {
   A max;   // max_c x_c
   A sum;   // sum_c exp(x_c - base)
   A dot;   // sum_c q_c (x_c - base)
@@ -80,19 +80,58 @@ FASTOPT_RULE RowStats<A> finish(RowStats<A> row) {
   return row;
 }
 
-// Adds the true class's own mass q_y = (1 - e) w_y to a class-index row.
+// A row that is ignored: its loss and its softmax's factor are exactly 0.
 template <class A>
-FASTOPT_RULE RowStats<A> add_true_class(RowStats<A> row, A true_logit, A true_mass) {
-  const A d = true_logit - row.max;
+FASTOPT_RULE RowStats<A> ignored_row() {
+  return {0, 1, 0, 0};
+}
+
+// What all rows of a call share where they end.
+template <class A>
+struct RowConstants {
+  A upstream;        // what gradients are multiplied by: the reduction's factor
+  A smoothing_mass;  // sum_c (e / C) w_c
+};
+template <class A>
+FASTOPT_RULE RowConstants<A> rounded_to(const RowConstants<double>& of_call) {
+  return {static_cast<A>(of_call.upstream), static_cast<A>(of_call.smoothing_mass)};
+}
+
+// What the true class adds to `dot`.
+template <class A>
+FASTOPT_RULE A true_term(A true_logit, A max, A true_mass) {
+  const A d = true_logit - max;
   const A term = true_mass * d;
-  row.dot += d == A(0) ? A(0) : term;  // an infinite weight's inf * 0 is no NaN
-  row.mass += true_mass;
+  return d == A(0) ? A(0) : term;  // an infinite weight's inf * 0 is no NaN
+}
+
+// Adds the true class's own mass q_y = (1 - e) w_y to a class-index row. Its mass from smoothing is
+// that of all rows: the sweep's own sum has rounding errors.
+template <class A>
+FASTOPT_RULE RowStats<A> add_true_class(RowStats<A> row, A true_logit, A true_mass,
+                                        const RowConstants<A>& constants) {
+  row.dot += true_term(true_logit, row.max, true_mass);
+  row.mass = constants.smoothing_mass + true_mass;
   return row;
 }
 
+// How a row ends: its loss, and its gradient up (factor exp(x_c - max) - q_c), with up the upstream
+// gradient times the reduction's factor.
+template <class V>
+struct RowEnd {
+  V loss, max, factor;
+};
+
+// V: A, or a vector of it with a row a lane. log_sum: the logarithm of row.sum.
+template <class V, class A>
+FASTOPT_RULE RowEnd<V> end_row(const RowStats<V>& row, V log_sum, const RowConstants<A>&) {
+  return {row.mass * log_sum - row.dot, row.max, row.mass / row.sum};
+}
+
+// The same from a loss that was added up class by class.
 template <class A>
-FASTOPT_RULE A row_loss(RowStats<A> row) {
-  return row.mass * scalar_log(row.sum) - row.dot;
+FASTOPT_RULE A end_loss(A of_classes, A max, A log_sum, const RowConstants<A>& constants) {
+  return end_row<A, A>({max, A(1), -of_classes, A(0)}, log_sum, constants).loss;
 }
 
 // Whether it may be the formula that made this loss inf or NaN: infinite masses, or such as are too
@@ -100,13 +139,6 @@ FASTOPT_RULE A row_loss(RowStats<A> row) {
 template <class A>
 FASTOPT_RULE bool is_doubtful(A loss, A sum) {
   return loss - loss != A(0) && sum == sum;
-}
-
-// The gradient is up (softmax_factor exp(x_c - max) - q_c), with up the upstream gradient times
-// the reduction's factor.
-template <class A>
-FASTOPT_RULE A softmax_factor(RowStats<A> row) {
-  return row.mass / row.sum;
 }
 
 // up (a p_y - q_y) of the true class; NaN for an infinite up, where torch has inf - inf.

@@ -189,15 +189,14 @@ class CrossEntropyCase {
     p.ignore_index = -100;
     p.keep = 1 - c.smoothing;
     p.uniform = c.smoothing / static_cast<double>(c.classes);
-    p.smoothing_mass = c.smoothing;
-    p.upstream = 0.75;
+    p.constants = {0.75, c.smoothing};
     if (c.weighted) {
-      p.smoothing_mass = 0;
+      p.constants.smoothing_mass = 0;
       for (int64_t k = 0; k < c.classes; ++k) {
         const A w = static_cast<A>(uniform(0, 2));
         own.push_back(static_cast<A>(p.keep) * w);
         shared.push_back(static_cast<A>(p.uniform) * w);
-        p.smoothing_mass += static_cast<double>(shared.back());
+        p.constants.smoothing_mass += static_cast<double>(shared.back());
       }
       p.true_masses = own.data();
       p.smoothing_masses = shared.data();
@@ -283,10 +282,12 @@ class CrossEntropyCase {
       });
     } else if (c.way == Way::segments) {
       p.segments = 3;
-      std::vector<double> stats(4 * rows * p.segments);
+      std::vector<RowStats<double>> stats(rows * p.segments);
+      std::vector<RowEnd<double>> ends(rows);
       partial.resize(rows);
       p.partial_loss = partial.data();
       p.segment_stats = stats.data();
+      p.row_ends = ends.data();
       FASTOPT_DISPATCH(cross_entropy_segment_stats, p, 0, rows * p.segments);
       FASTOPT_DISPATCH(cross_entropy_merge_segments, p);
       if (p.grad != nullptr)
@@ -342,7 +343,7 @@ class CrossEntropyCase {
       if (grad.empty()) continue;
       for (int64_t k = 0; k < c.classes; ++k) {
         const int64_t at = offset(r, k);
-        const Exact distance = row.max - logit(r, k), up = p.upstream;
+        const Exact distance = row.max - logit(r, k), up = p.constants.upstream;
         const Exact softmax = row.mass * exps[at] / row.sum, q = mass(r, k);
         const Exact relative = sum_error + (kExp + kStore + additions() + distance) * u;
         near<T>(grad[at], up * (softmax - q),

@@ -27,7 +27,9 @@ template <class T, class TT, bool kMass, bool kWeight>
 struct CrossEntropy {
   using A = Acc<T>;
   using V = Vec<A>;
-  using Stats = RowStats<double>;  // a few numbers a row: float64 keeps a - q_c right
+  // A few numbers a row: float64 keeps a - q_c right.
+  using Stats = RowStats<double>;
+  using End = RowEnd<double>;
   static constexpr int kL = kLanes<A>;
   static constexpr bool kLabels = kIsClassIndex<TT>;
 
@@ -39,8 +41,7 @@ struct CrossEntropy {
   A* const row_loss = static_cast<A*>(p.row_loss);
   const A keep = static_cast<A>(p.keep);
   const A uniform = static_cast<A>(p.uniform);
-  const A smoothing_mass = static_cast<A>(p.smoothing_mass);
-  const A up = static_cast<A>(p.upstream);
+  const RowConstants<A> constants = rounded_to<A>(p.constants);
 
   explicit CrossEntropy(const CrossEntropyParams& params) : p(params) {}
 
@@ -63,11 +64,11 @@ struct CrossEntropy {
   }
 
   A true_gradient(A softmax_mass, int64_t y) const {
-    return fastopt::true_gradient(up, softmax_mass, total_mass(y));
+    return fastopt::true_gradient(constants.upstream, softmax_mass, total_mass(y));
   }
 
-  // sum_c q_c (log(sum) - (x_c - max)), a term for each class that has mass, as torch adds them up.
-  // y: its label, as the sweep has read it.
+  // The loss of a row from sum_c q_c (log(sum) - (x_c - max)), a term for each class that has mass,
+  // as torch adds them up. y: its label, as the sweep has read it.
   double loss_by_class(int64_t r, int64_t y, double max, double sum) const {
     const T* const x = logits + offset(p.logits_strides, r);
     const auto term = [&](int64_t c, A q) {
@@ -85,7 +86,7 @@ struct CrossEntropy {
       }
       loss += term(c, q);
     }
-    return loss;
+    return end_loss(loss, max, scalar_log(sum), p.constants);
   }
 };
 

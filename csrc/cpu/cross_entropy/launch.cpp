@@ -119,7 +119,6 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
 
   Call(const Tensor& logits_in, const Tensor& target_in, const CrossEntropyOptions& options)
       : CrossEntropyCall(logits_in, target_in, options) {
-    p.smoothing_mass = smoothing;
     if (weight) {
       if (accumulate == ScalarType::Double) {
         set_masses<double>();
@@ -152,7 +151,7 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
       lost += std::fabs(sum) >= std::fabs(mass) ? (sum - next) + mass : (mass - next) + sum;
       sum = next;
     }
-    p.smoothing_mass = std::isfinite(sum) ? sum + lost : sum;
+    p.constants.smoothing_mass = std::isfinite(sum) ? sum + lost : sum;
     p.true_masses = own;
     p.smoothing_masses = even;
   }
@@ -255,10 +254,11 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     p.segments = std::min((4 * threads + rows - 1) / rows, p.classes / kSegmentClasses);
     const int64_t tasks = rows * p.segments;
     std::vector<double> partial(rows);
-    // RowStats are four float64.
-    std::vector<double> stats(4 * tasks);
+    std::vector<RowStats<double>> stats(tasks);
+    std::vector<RowEnd<double>> ends(rows);
     p.partial_loss = partial.data();
     p.segment_stats = stats.data();
+    p.row_ends = ends.data();
     parallel(tasks, 1, [&](int64_t begin, int64_t end) {
       FASTOPT_DISPATCH(cross_entropy_segment_stats, p, begin, end);
     });
@@ -310,11 +310,11 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     set_gradient(grad);
     // With every row ignored the loss is NaN and the gradient 0, as in torch.
     double unit = reduced(1.0);
-    p.upstream = unit;
+    p.constants.upstream = unit;
     if (p.logits_type == Element::float16 && std::isfinite(unit)) {
       const double largest = largest_mass ? scalar_value(*largest_mass) : 1.0;
-      p.upstream = half_gradient_scale(static_cast<float>(largest));
-      unit /= p.upstream;
+      p.constants.upstream = half_gradient_scale(static_cast<float>(largest));
+      unit /= p.constants.upstream;
     } else {
       unit = 1.0;
     }

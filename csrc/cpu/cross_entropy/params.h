@@ -12,17 +12,16 @@
 namespace fastopt {
 
 struct CrossEntropyParams : CrossEntropyProblem {
-  double smoothing_mass;         // sum_c (e / C) w_c
   const void* true_masses;       // (classes), (1 - e) w_c in the accumulation type; null: no weight
   const void* smoothing_masses;  // (classes), (e / C) w_c
   double* partial_loss;          // one per task: the sum of its rows' losses, in float64
-  double upstream;               // what the gradient is multiplied by
 
   // How rows are cut into tasks (launch.cpp).
   int64_t rows_per_task;            // rows
   bool caches_exps;                 // rows: the scratch has room for a row's exponentials
   int64_t segments;                 // segments: every row is cut into this many parts
-  void* segment_stats;              // segments: one RowStats per task
+  RowStats<double>* segment_stats;  // segments: one per task
+  RowEnd<double>* row_ends;         // segments: one per row
   int64_t tile_classes, tile_rows;  // tiles: classes and rows of a block
 };
 

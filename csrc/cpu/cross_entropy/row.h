@@ -35,10 +35,10 @@ template <class T, class TT, bool kMass, bool kWeight>
 struct ContiguousRow : CrossEntropy<T, TT, kMass, kWeight> {
   using Base = CrossEntropy<T, TT, kMass, kWeight>;
   using Base::Base, Base::kL, Base::kLabels, Base::p, Base::logits, Base::probabilities;
-  using Base::keep, Base::uniform, Base::true_masses, Base::smoothing_masses, Base::up;
+  using Base::keep, Base::uniform, Base::true_masses, Base::smoothing_masses, Base::constants;
   using Base::label, Base::loss_by_class, Base::offset, Base::row_loss;
   using Base::true_gradient, Base::true_mass;
-  using typename Base::A, typename Base::Stats, typename Base::V;
+  using typename Base::A, typename Base::End, typename Base::Stats, typename Base::V;
 
   // q of the classes c, c + 1, ...; `n` of them (all lanes, but in a tail).
   V mass_at(const TT* t, int64_t c, int n) const {
@@ -167,13 +167,13 @@ struct ContiguousRow : CrossEntropy<T, TT, kMass, kWeight> {
     if (c < end) step(c, static_cast<int>(end - c));
   }
 
-  // grad_c = up (factor exp(x_c - max) - q_c), factor = a / sum. The difference is taken before
-  // the products with up and before rounding: softmax rounded to half precision first would leave
-  // nothing of p_y - 1 on a confident row.
-  void gradient(T* grad, const Row& row, const Stats& stats, int64_t begin, int64_t end,
+  // The difference factor exp(x_c - max) - q_c is taken before the products with up and before
+  // rounding: softmax rounded to half precision first would leave nothing of p_y - 1 on a confident
+  // row.
+  void gradient(T* grad, const Row& row, const End& of_row, int64_t begin, int64_t end,
                 const Cache& cache) const {
-    const A row_maximum = static_cast<A>(stats.max);
-    const A factor = static_cast<A>(softmax_factor(stats));
+    const A row_maximum = static_cast<A>(of_row.max);
+    const A factor = static_cast<A>(of_row.factor);
     if (cache.exps == nullptr) {
       write_gradient<false>(grad, row, row_maximum, factor, begin, end, nullptr);
     } else {
@@ -193,7 +193,8 @@ struct ContiguousRow : CrossEntropy<T, TT, kMass, kWeight> {
   template <bool kCached>
   void write_gradient(T* grad, const Row& row, A row_maximum, A factor, int64_t begin, int64_t end,
                       const A* exps) const {
-    const A upstream = up, scaled = up * factor;  // a member would be read again after every store
+    // A member would be read again after every store.
+    const A upstream = constants.upstream, scaled = upstream * factor;
     for_each_vector(begin, end, [&](int64_t c, int n) __attribute__((always_inline)) {
       V e;
       if constexpr (kCached) {
@@ -221,28 +222,28 @@ struct ContiguousRow : CrossEntropy<T, TT, kMass, kWeight> {
     return row;
   }
 
-  // From the sweep's result to the row's loss.
-  Stats close_row(const Row& row, int64_t r, Stats stats, double* loss_sum) const {
+  // From the sweep's result to the row's end; its loss is written.
+  End close_row(const Row& row, int64_t r, Stats stats, double* loss_sum) const {
     stats = finish(stats);
     if constexpr (kLabels) {
-      stats.mass = p.smoothing_mass;  // the sweep's own sum has rounding errors
-      stats = row.y < 0 ? Stats{0, 1, 0, 0}
-                        : add_true_class<double>(stats, to_acc(row.x[row.y]), true_mass(row.y));
+      stats = row.y < 0 ? ignored_row<double>()
+                        : add_true_class<double>(stats, to_acc(row.x[row.y]), true_mass(row.y),
+                                                 p.constants);
     }
-    double loss = kLabels && row.y < 0 ? 0.0 : fastopt::row_loss(stats);
-    if (is_doubtful(loss, stats.sum)) loss = loss_by_class(r, row.y, stats.max, stats.sum);
-    if (row_loss != nullptr) row_loss[r] = static_cast<A>(loss);
-    *loss_sum += loss;
-    return stats;
+    End end = end_row(stats, scalar_log(stats.sum), p.constants);
+    if (is_doubtful(end.loss, stats.sum)) end.loss = loss_by_class(r, row.y, stats.max, stats.sum);
+    if (row_loss != nullptr) row_loss[r] = static_cast<A>(end.loss);
+    *loss_sum += end.loss;
+    return end;
   }
 
-  void row_gradient(const Row& row, int64_t r, const Stats& stats, int64_t begin, int64_t end,
+  void row_gradient(const Row& row, int64_t r, const End& of_row, int64_t begin, int64_t end,
                     const Cache& cache) const {
     T* const grad = static_cast<T*>(p.grad) + offset(p.grad_strides, r);
     if (kLabels && row.y < 0) {
       memset(grad + begin, 0, sizeof(T) * (end - begin));
     } else {
-      gradient(grad, row, stats, begin, end, cache);
+      gradient(grad, row, of_row, begin, end, cache);
     }
   }
 };

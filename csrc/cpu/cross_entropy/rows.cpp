@@ -11,7 +11,8 @@ struct Rows : ContiguousRow<T, TT, kMass, kWeight> {
   using Base = ContiguousRow<T, TT, kMass, kWeight>;
   using Base::Base, Base::kLabels, Base::p, Base::offset;
   using Base::close_row, Base::row_at, Base::row_gradient, Base::sweep;
-  using typename Base::A, typename Base::Cache, typename Base::Row, typename Base::Stats;
+  using typename Base::A, typename Base::Cache, typename Base::End, typename Base::Row;
+  using typename Base::Stats;
 
   // The cache for one row: `memory` where it has room, else, in full precision, the row's own
   // gradient; half precision rows that long compute their exponentials twice.
@@ -35,9 +36,10 @@ struct Rows : ContiguousRow<T, TT, kMass, kWeight> {
         const Row row = row_at(r);
         const Cache cache = cache_at(memory, r);
         const bool ignored = kLabels && row.y < 0;
-        Stats stats = ignored ? empty_stats<double>() : sweep(row.x, row.t, 0, p.classes, cache);
-        stats = close_row(row, r, stats, &loss_sum);
-        if (p.grad != nullptr) row_gradient(row, r, stats, 0, p.classes, cache);
+        const Stats stats =
+            ignored ? empty_stats<double>() : sweep(row.x, row.t, 0, p.classes, cache);
+        const End end = close_row(row, r, stats, &loss_sum);
+        if (p.grad != nullptr) row_gradient(row, r, end, 0, p.classes, cache);
       }
       p.partial_loss[task] = loss_sum;
     }

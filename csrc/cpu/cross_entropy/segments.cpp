@@ -20,22 +20,21 @@ struct Segments : ContiguousRow<T, TT, kMass, kWeight> {
       const int64_t segment = task % p.segments;
       const Row row = row_at(task / p.segments);
       if (kLabels && row.y < 0) continue;
-      static_cast<Stats*>(p.segment_stats)[task] = sweep(
-          row.x, row.t, segment_begin(segment), segment_begin(segment + 1), {nullptr, nullptr});
+      p.segment_stats[task] = sweep(row.x, row.t, segment_begin(segment),
+                                    segment_begin(segment + 1), {nullptr, nullptr});
     }
   }
 
-  // Leaves the whole row's statistics at its first segment.
   void merge_segments() const {
-    Stats* const parts = static_cast<Stats*>(p.segment_stats);
     for (int64_t r = 0; r < p.batch * p.positions; ++r) {
       const Row row = row_at(r);
-      Stats stats = parts[r * p.segments];
+      const Stats* const parts = p.segment_stats + r * p.segments;
+      Stats stats = parts[0];
       if (!kLabels || row.y >= 0) {
-        for (int64_t i = 1; i < p.segments; ++i) stats = merge(stats, parts[r * p.segments + i]);
+        for (int64_t i = 1; i < p.segments; ++i) stats = merge(stats, parts[i]);
       }
       double loss_sum = 0;
-      parts[r * p.segments] = close_row(row, r, stats, &loss_sum);
+      p.row_ends[r] = close_row(row, r, stats, &loss_sum);
       p.partial_loss[r] = loss_sum;
     }
   }
@@ -43,8 +42,8 @@ struct Segments : ContiguousRow<T, TT, kMass, kWeight> {
   void segment_gradients(int64_t begin, int64_t end) const {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t r = task / p.segments, segment = task % p.segments;
-      row_gradient(row_at(r), r, static_cast<Stats*>(p.segment_stats)[r * p.segments],
-                   segment_begin(segment), segment_begin(segment + 1), {nullptr, nullptr});
+      row_gradient(row_at(r), r, p.row_ends[r], segment_begin(segment), segment_begin(segment + 1),
+                   {nullptr, nullptr});
     }
   }
 };

@@ -10,8 +10,8 @@ template <class T, class TT, bool kMass, bool kWeight>
 struct Tiles : CrossEntropy<T, TT, kMass, kWeight> {
   using Base = CrossEntropy<T, TT, kMass, kWeight>;
   using Base::Base, Base::kL, Base::kLabels, Base::p, Base::logits, Base::probabilities;
-  using Base::keep, Base::uniform, Base::true_masses, Base::smoothing_masses, Base::up;
-  using Base::label, Base::loss_by_class, Base::offset, Base::row_loss, Base::smoothing_mass;
+  using Base::keep, Base::uniform, Base::true_masses, Base::smoothing_masses, Base::constants;
+  using Base::label, Base::loss_by_class, Base::offset, Base::row_loss;
   using Base::true_gradient, Base::true_mass;
   using typename Base::A, typename Base::V;
 
@@ -282,19 +282,19 @@ struct Tiles : CrossEntropy<T, TT, kMass, kWeight> {
         const int64_t y = tile.y[i];
         if (y < 0) continue;
         const A true_logit = to_acc(logits[rows(i) + y * p.logits_strides.cls]);
-        const A d = true_logit - tile.max[i];
-        const A term = true_mass(y) * d;
-        tile.dot[i] += d == 0 ? A(0) : term;  // an infinite weight's inf * 0 is no NaN
-        tile.mass[i] = smoothing_mass + true_mass(y);
+        tile.dot[i] += true_term(true_logit, tile.max[i], true_mass(y));
+        tile.mass[i] = constants.smoothing_mass + true_mass(y);
       }
     }
     for (int64_t i = 0; i < n; i += kL) {
       // A whole row of -inf has no softmax: NaN, as in torch.
       const V sum =
           load(tile.max + i) == -kInfinity ? V{} + (kInfinity - kInfinity) : load(tile.sum + i);
-      const V loss = load(tile.mass + i) * log_positive(sum) - load(tile.dot + i);
+      const RowStats<V> row{load(tile.max + i), sum, load(tile.dot + i), load(tile.mass + i)};
+      const RowEnd<V> end = end_row(row, log_positive(sum), constants);
       store(tile.sum + i, sum);
-      store(tile.scratch + i, masked(loss, tile, i));
+      store(tile.scratch + i, masked(end.loss, tile, i));
+      if (p.grad != nullptr) store(tile.factor + i, end.factor);
     }
     *loss_sum = sum_of_rows(tile.scratch, tile.rows);
     if (is_doubtful(*loss_sum, 0.0)) {
@@ -327,9 +327,7 @@ struct Tiles : CrossEntropy<T, TT, kMass, kWeight> {
     const int64_t w = tile.width, n = padded(tile);
     const bool exp_is_there = p.tile_classes >= p.classes;
     A* const true_exp = tile.scratch;
-    const V upstream = splat<A>(up);  // a member would be read again after every store
-    for (int64_t i = 0; i < n; i += kL)
-      store(tile.factor + i, load(tile.mass + i) / load(tile.sum + i));
+    const V upstream = splat<A>(constants.upstream);  // a member would be read after every store
     for (int64_t c0 = 0; c0 < p.classes; c0 += p.tile_classes) {
       const int64_t c1 = c0 + p.tile_classes < p.classes ? c0 + p.tile_classes : p.classes;
       if (!exp_is_there) {

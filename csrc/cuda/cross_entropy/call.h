@@ -21,7 +21,6 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     check(p.classes <= kMaxClasses, "logits may have at most 2^30 classes");
     p.weight = weight ? weight->const_data_ptr() : nullptr;
     p.mean = reduction == kMean;
-    p.known_smoothing = smoothing;
   }
 
   std::pair<Tensor, Tensor> want_gradient(const std::optional<Tensor>& largest_mass) {

@@ -45,8 +45,7 @@ template <class A>
 struct BlockShared {
   RowStats<A> of_warp[2][kMaxWarps];  // two rows' worth: one barrier a row is enough
   double losses[kMaxWarps];
-  A upstream;
-  A smoothing_mass;
+  RowConstants<A> constants;
 };
 
 struct ClassIndex {};  // stands for the storage type of the target where it holds labels
@@ -61,6 +60,7 @@ template <class T, class TT, bool kMass>
 struct CrossEntropy {
   using A = Acc<T>;
   using Stats = RowStats<A>;
+  using End = RowEnd<A>;
   static constexpr bool kLabels = kIsClassIndex<TT>;
   static constexpr int kSize = static_cast<int>(sizeof(Words) / sizeof(T));
 
@@ -83,16 +83,13 @@ struct CrossEntropy {
   // warp adds up the partial sums for the block.
   FASTOPT_MEMBER void begin_block() {
     if (thread_index() < kWarpSize) {
-      double smoothing = p.known_smoothing;
+      RowConstants<double> constants = p.constants;
       if (p.smoothing_parts != nullptr)
-        smoothing = sum_of_parts(p.smoothing_parts, p.smoothing_part_count);
-      double upstream = 1.0;
+        constants.smoothing_mass = sum_of_parts(p.smoothing_parts, p.smoothing_part_count);
+      double& upstream = constants.upstream;
       if (p.mean && p.grad != nullptr) upstream = mean_of(1.0, total_weight(p), p.uniform > 0);
       if (waits(p, upstream)) upstream = static_cast<double>(scale_of(p));
-      if (thread_index() == 0) {
-        shared.upstream = static_cast<A>(upstream);
-        shared.smoothing_mass = static_cast<A>(smoothing);
-      }
+      if (thread_index() == 0) shared.constants = rounded_to<A>(constants);
     }
     sync_block();
   }
@@ -185,35 +182,34 @@ struct CrossEntropy {
     stats.mass += mass;
   }
 
-  // From a row's merged statistics to those that its loss and gradient follow from.
-  FASTOPT_MEMBER Stats complete(Stats stats, const Row& row) const {
-    if (row.ignored) return {0, 1, 0, 0};
-    stats = fastopt::finish(stats);
-    if constexpr (kLabels) {
-      stats.mass = shared.smoothing_mass;  // the sweep's own sum has rounding errors
-      stats = add_true_class(stats, to_acc(row.true_logit), true_mass(row.y));
+  // From a row's merged statistics to its end.
+  FASTOPT_MEMBER End close_row(Stats stats, const Row& row) const {
+    if (row.ignored) {
+      stats = ignored_row<A>();
+    } else {
+      stats = fastopt::finish(stats);
+      if constexpr (kLabels)
+        stats = add_true_class(stats, to_acc(row.true_logit), true_mass(row.y), shared.constants);
+      if (row.invalid) stats.sum = not_a_number<A>();
     }
-    if (row.invalid) stats.sum = not_a_number<A>();
-    return stats;
+    return end_row(stats, scalar_log(stats.sum), shared.constants);
   }
 
   // By one thread of those that share the row.
-  FASTOPT_MEMBER void write_results(int64_t r, const Row& row, const Stats& stats) {
-    const A loss = row.ignored ? A(0) : fastopt::row_loss(stats);
-    if (p.row_loss != nullptr) static_cast<A*>(p.row_loss)[r] = loss;
-    loss_sum += static_cast<double>(loss);
+  FASTOPT_MEMBER void write_results(int64_t r, const End& end) {
+    if (p.row_loss != nullptr) static_cast<A*>(p.row_loss)[r] = end.loss;
+    loss_sum += static_cast<double>(end.loss);
   }
 
   // Everything that a row's gradient needs. The difference a p - q is taken before the products
   // with `up` and before rounding: softmax rounded to half precision first would leave nothing of
   // p_y - 1 on a confident row.
   struct Gradient {
-    A up, max;
-    A factor;   // a / sum
+    A up, max, factor;
     A of_true;  // the true class's
   };
-  FASTOPT_MEMBER Gradient gradient_of(const Row& row, const Stats& stats) const {
-    Gradient g{row.ignored ? A(0) : shared.upstream, stats.max, softmax_factor(stats), 0};
+  FASTOPT_MEMBER Gradient gradient_of(const Row& row, const End& end) const {
+    Gradient g{row.ignored ? A(0) : shared.constants.upstream, end.max, end.factor, 0};
     if (kLabels && row.y >= 0) {
       const A softmax_mass = g.factor * exp_for<T>(to_acc(row.true_logit) - g.max);
       g.of_true = true_gradient(g.up, softmax_mass, total_mass(row.y));

@@ -11,9 +11,10 @@ struct Packed : CrossEntropy<T, TT, kMass> {
   using Base = CrossEntropy<T, TT, kMass>;
   using Base::Base, Base::kLabels, Base::kSize, Base::p, Base::weight;
   using Base::begin_block, Base::end_block, Base::offset, Base::row_of, Base::rows;
-  using Base::complete, Base::gradient_of, Base::label_at, Base::load_true_logit;
+  using Base::close_row, Base::gradient_of, Base::label_at, Base::load_true_logit;
   using Base::logit_gradient, Base::write_results;
-  using typename Base::A, typename Base::Gradient, typename Base::Row, typename Base::Stats;
+  using typename Base::A, typename Base::End, typename Base::Gradient, typename Base::Row;
+  using typename Base::Stats;
 
   // A tile's rows of one tensor in shared memory, `pitch` elements apart: so far that the threads'
   // words lie in different banks where rows are whole words, else as in memory.
@@ -149,10 +150,10 @@ struct Packed : CrossEntropy<T, TT, kMass> {
     });
     Row row = row_of(label);  // not before: the label has had time to arrive
     load_true_logit(row, x);
-    stats = complete(stats, row);
-    write_results(r, row, stats);
+    const End end = close_row(stats, row);
+    write_results(r, end);
     if (p.grad == nullptr) return;
-    const Gradient g = gradient_of(row, stats);
+    const Gradient g = gradient_of(row, end);
     for_classes([&](auto shape, int c) {
       A values[shape.count], q[shape.count] = {};
       load(shape, c, values);

@@ -24,9 +24,8 @@ struct CrossEntropyParams : CrossEntropyProblem {
   bool mean;
   double* weight_parts;  // (weight_part_count) of labels that count, or null
   int weight_part_count;
-  // sum_c (e / C) w_c: the sum of smoothing_parts, or known to the host.
-  double* smoothing_parts;  // (smoothing_part_count) or null
-  double known_smoothing;   // e
+  // constants.smoothing_mass in parts; null: known to the host.
+  double* smoothing_parts;  // (smoothing_part_count)
   int smoothing_part_count;
 
   // The gradient in multiples of a unit that is written to `unit` (half_gradient_scale).

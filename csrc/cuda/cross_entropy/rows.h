@@ -12,9 +12,10 @@ struct Rows : CrossEntropy<T, TT, kMass> {
   using Base = CrossEntropy<T, TT, kMass>;
   using Base::Base, Base::kLabels, Base::kSize, Base::p, Base::shared, Base::weight;
   using Base::begin_block, Base::end_block, Base::offset, Base::row_of, Base::rows;
-  using Base::complete, Base::gradient_of, Base::label_at, Base::load_true_logit;
+  using Base::close_row, Base::gradient_of, Base::label_at, Base::load_true_logit;
   using Base::logit_gradient, Base::write_results;
-  using typename Base::A, typename Base::Gradient, typename Base::Row, typename Base::Stats;
+  using typename Base::A, typename Base::End, typename Base::Gradient, typename Base::Row;
+  using typename Base::Stats;
 
   // Vectors of a lane that become accumulators together: 16 registers, half of that where each has
   // its mass beside it. More would not fit in the 64 registers that let 1024 threads share an SM.
@@ -77,12 +78,12 @@ struct Rows : CrossEntropy<T, TT, kMass> {
       }
       // Rows that share a warp are merged together, one ignored or not.
       if (!row.ignored || p.lanes < kWarpSize) stats = merge(stats);
-      stats = complete(stats, row);
-      if (live() && lane == 0 && rank == 0) write_results(r, row, stats);
+      const End end = close_row(stats, row);
+      if (live() && lane == 0 && rank == 0) write_results(r, end);
       if (kHeld && !shares_block()) sync_warp();  // the lanes' copies; else merge() was the barrier
       if (p.grad != nullptr && live()) {
         T* const grad = static_cast<T*>(p.grad) + offset(p.grad_strides, r) + slice.begin;
-        write_gradient<kHeld>(grad, gradient_of(row, stats), row, slice, lane);
+        write_gradient<kHeld>(grad, gradient_of(row, end), row, slice, lane);
       }
       if (kHeld && p.grad != nullptr) sync_row();  // before the next row comes in its place
     }

@@ -15,9 +15,10 @@ struct Strided : CrossEntropy<T, TT, kMass> {
   using Base = CrossEntropy<T, TT, kMass>;
   using Base::Base, Base::kLabels, Base::p, Base::weight;
   using Base::begin_block, Base::end_block, Base::row_of, Base::rows;
-  using Base::complete, Base::gradient_of, Base::label_at, Base::load_true_logit;
+  using Base::close_row, Base::gradient_of, Base::label_at, Base::load_true_logit;
   using Base::logit_gradient, Base::write_results;
-  using typename Base::A, typename Base::Gradient, typename Base::Row, typename Base::Stats;
+  using typename Base::A, typename Base::End, typename Base::Gradient, typename Base::Row;
+  using typename Base::Stats;
 
   // Of a thread, under way at once. (With 8 float64 of two rows, sm_100 spills.)
   static constexpr int kStridedClasses = kMass || sizeof(A) == 8 ? 4 : 8;
@@ -113,15 +114,16 @@ struct Strided : CrossEntropy<T, TT, kMass> {
       row[v] = row_of(label[v]);
       load_true_logit(row[v], logits + v);
     });
+    End end[kAdjacent];
     for_rows([&](int v) {
-      stats[v] = complete(merge_parts(stats[v], parts), row[v]);
-      if (live && parts.mine == 0) write_results(r + v, row[v], stats[v]);
+      end[v] = close_row(merge_parts(stats[v], parts), row[v]);
+      if (live && parts.mine == 0) write_results(r + v, end[v]);
     });
     if (!live || p.grad == nullptr) return;
     Gradient g[kAdjacent];
     bool ignored = true;  // all of them: then nobody asks what they hold
     for_rows([&](int v) {
-      g[v] = gradient_of(row[v], stats[v]);
+      g[v] = gradient_of(row[v], end[v]);
       ignored &= row[v].ignored;
     });
     const int64_t at = start(p.grad_strides), step = p.grad_strides.cls;

@@ -79,7 +79,7 @@ class _Call(_Tensors):
             weight = weight.contiguous()
         self.weight = weight
         self.options = options
-        self.uniform = options.smoothing / max(self.classes, 1)
+        self.numbers = options.of_kernel(self.classes)
 
     def rows_tensor(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.row_shape, dtype=dtype, device=self.logits.device)
@@ -116,9 +116,7 @@ class _Call(_Tensors):
             "rows": self.rows,
             "classes": self.classes,
             "positions": positions,
-            "ignore_index": self.options.ignore_index,
-            "keep": 1.0 - self.options.smoothing,
-            "uniform": self.uniform,
+            **self.numbers,
             "LABELS": self.labels,
             "WEIGHT": self.weight is not None,
             "SMOOTHING": self.options.smoothed,
@@ -166,7 +164,7 @@ class _Call(_Tensors):
             loss_parts.numel(),
             0 if parts is None else parts.numel(),
             self.rows,
-            self.uniform,
+            self.numbers["uniform"],
             LABELS=self.labels,
             REDUCTION=self.options.reduction,
             BLOCK=2048,
