@@ -28,17 +28,22 @@ def along_classes(weight: Tensor | None, like: Tensor) -> Tensor:
     return weight.reshape([-1 if i == dim else 1 for i in range(like.dim())])
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether x covers one run of memory, each element once, in any order of its dimensions."""
-    if x.is_contiguous():
-        return True
+def has_no_overlap(x: Tensor, dense: bool = False) -> bool:
+    """Whether each element is there once, in any order of the dimensions; and, of dense ones, x
+    covers one run of memory.
+    """
     step = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size != 1:
-            if stride != step:
+            if stride != step if dense else stride < step:
                 return False
-            step *= size
+            step = stride * size
     return True
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x covers one run of memory, each element once, in any order of its dimensions."""
+    return x.is_contiguous() or has_no_overlap(x, dense=True)
 
 
 class Strides(NamedTuple):

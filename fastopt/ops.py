@@ -33,6 +33,10 @@ SCHEMAS = {
     # factor of its softmax exceeds (1 where it is not given); of float16 logits only.
     "cross_entropy_forward_backward": f"({_ARGUMENTS}, Tensor? largest_mass=None)"
     " -> (Tensor loss, Tensor grad_logits, Tensor unit)",
+    # The same, into memory of the caller's: any layout whose positions step through memory as one, each
+    # element there once. On CPU it may be that of logits, which their gradient then takes the place of.
+    "cross_entropy_forward_backward_out": f"({_ARGUMENTS}, Tensor? largest_mass,"
+    " Tensor(a!) grad_logits) -> (Tensor loss, Tensor unit)",
     # In place, by an upstream gradient that stays on the device: one, where 1 costs nothing noticeable,
     # or (on CPU) one for each row. Where it is inf or NaN, ignored rows are 0 and what has mass is NaN:
     # the true class, or all of them (smoothed, or probabilities).
@@ -53,7 +57,7 @@ library.define(
 
 def flat(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """An op's kernel that takes Options, as the dispatcher calls it: with one argument each."""
-    if name not in ("cross_entropy_forward", "cross_entropy_forward_backward"):
+    if not name.startswith("cross_entropy_forward"):
         return kernel
 
     def call(logits: Tensor, target: Tensor, weight: Tensor | None, *others: Any) -> Any:
@@ -105,6 +109,11 @@ def _(logits, target, weight, options, largest_mass=None):
     return _empty_loss(logits, options), layouts.empty_gradient(logits), unit
 
 
+@_fake("cross_entropy_forward_backward_out")
+def _(logits, target, weight, options, largest_mass, grad_logits):
+    return _empty_loss(logits, options), logits.new_empty((), dtype=torch.float32)
+
+
 @_fake("cross_entropy_scale_")
 def _(grad_logits, *others):
     return None
@@ -117,5 +126,6 @@ def _(grad_logits, *others):
 
 cross_entropy_forward = torch.ops.fastopt.cross_entropy_forward.default
 cross_entropy_forward_backward = torch.ops.fastopt.cross_entropy_forward_backward.default
+cross_entropy_forward_backward_out = torch.ops.fastopt.cross_entropy_forward_backward_out.default
 cross_entropy_scale_ = torch.ops.fastopt.cross_entropy_scale_.default
 cross_entropy_times = torch.ops.fastopt.cross_entropy_times.default

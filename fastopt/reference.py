@@ -87,6 +87,21 @@ def cross_entropy_forward_backward(
     options: Options,
     largest_mass: Tensor | None = None,  # 0-dim
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grad_logits = layouts.empty_gradient(logits)
+    loss, unit = cross_entropy_forward_backward_out(
+        logits, target, weight, options, largest_mass, grad_logits
+    )
+    return loss, grad_logits, unit
+
+
+def cross_entropy_forward_backward_out(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    largest_mass: Tensor | None,
+    grad_logits: Tensor,  # like logits, or logits themselves
+) -> tuple[Tensor, Tensor]:
     loss = cross_entropy_forward(logits, target, weight, options)
     p = _problem(logits, target, weight, options)
     upstream = p.x.new_ones(())
@@ -105,7 +120,8 @@ def cross_entropy_forward_backward(
         label = labels_in_range(target, ignored, logits.shape[p.dim]).unsqueeze(p.dim)
         odd = (upstream - upstream).to(grad.dtype).expand(label.shape)
         grad = grad.scatter_add(p.dim, label, odd)
-    return loss, layouts.empty_gradient(logits).copy_(torch.where(p.live, grad, 0)), unit
+    grad_logits.copy_(torch.where(p.live, grad, 0))
+    return loss, unit
 
 
 def half_gradient_scale(largest: Tensor) -> Tensor:

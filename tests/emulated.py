@@ -234,17 +234,22 @@ def cross_entropy_forward_backward(logits: Tensor, *others: object) -> tuple[Ten
         like = layouts.empty_gradient(logits)
         guarded = _Guarded(like)
         grad = new_gradient(like) if new_gradient else guarded.tensor
-        strides = map(ctypes.c_int64, layouts.viewed(grad)[1])
-        library().fastopt_set_gradient(ctypes.c_void_p(grad.data_ptr()), *strides)
-        op = torch.ops.fastopt_emulated.cross_entropy_forward_backward
-        loss, own, unit = op(logits, *others)
-        assert own.stride() == like.stride()
+        op = torch.ops.fastopt_emulated.cross_entropy_forward_backward_out
+        loss, unit = op(logits, *others, grad)
         assert logits.dtype == torch.float16 or unit == 1
         guarded.check()
         results.append((loss, grad, unit))
     for ours, other in zip(results[0], results[-1], strict=True):
         assert_same_bits(ours, other, "in the other order of threads")
     return results[0]
+
+
+def cross_entropy_forward_backward_out(logits: Tensor, *others: object) -> tuple[Tensor, ...]:
+    set_device(device_of(logits), False)
+    result: tuple[Tensor, ...] = torch.ops.fastopt_emulated.cross_entropy_forward_backward_out(
+        logits, *others
+    )
+    return result
 
 
 def cross_entropy_scale_(grad: Tensor, factor: Tensor, *others: object) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.testing import assert_close
 
 import fastopt
 import fastopt.backends
@@ -20,6 +21,7 @@ from cross_entropy_cases import (
     DTYPES,
     LAYOUTS_ND,
     REDUCTIONS,
+    contiguous,
     differentiate,
     dtype_name,
     make_logits,
@@ -31,6 +33,8 @@ from fastopt import reference
 from fastopt.options import Options
 
 OPS = ["cross_entropy_forward", "cross_entropy_forward_backward"]
+# One for each kernel: rows, few long rows, few classes, classes apart.
+INTO_SHAPES = [(5, 1000), (2, 40000), (300, 10), (2, 21, 9, 7)]
 REDUCTION_NUMBERS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -131,7 +135,8 @@ def call_op(op: str, keywords: dict[str, object]) -> object:
 def test_these_are_all_the_ops() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.removeprefix("fastopt::") for name in names if name.startswith("fastopt::")}
-    assert registered == {*OPS, "cross_entropy_scale_", "cross_entropy_times"}
+    others = {"cross_entropy_forward_backward_out", "cross_entropy_scale_", "cross_entropy_times"}
+    assert registered == {*OPS, *others}
     assert registered == {*fastopt.ops.SCHEMAS, "cross_entropy_times"}
     for op in fastopt.ops.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastopt::{op}", "CPU")
@@ -352,6 +357,53 @@ def test_gradients_of_rows_in_units(dtype: torch.dtype) -> None:
         off = (grad.double() * unit.double() - x.grad).abs().max() / x.grad.abs().max()
         assert off < 2 * torch.finfo(dtype).eps
         assert (loss - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", INTO_SHAPES, ids=dtype_name)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_go_where_the_caller_wants_them(
+    reduction: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Also over the logits themselves."""
+    for layout in [contiguous, *(LAYOUTS_ND if len(shape) == 4 else [])]:
+        logits = layout(make_logits(shape, dtype))
+        weight = make_weight(shape[1], dtype)
+        for target in (make_target(logits), make_probabilities(logits)):
+            keywords = arguments(logits, target, reduction, weight, 0.1)
+            loss, grad, unit = torch.ops.fastopt.cross_entropy_forward_backward(**keywords)
+            over = torch.empty_strided(shape, grad.stride(), dtype=dtype).copy_(logits)
+            apart = torch.full((*shape, 3), math.nan, dtype=dtype)[..., 1]
+            for out in (torch.full_like(grad, math.nan), apart, over):
+                if out is over:
+                    keywords["logits"] = over
+                others = torch.ops.fastopt.cross_entropy_forward_backward_out(
+                    **keywords, largest_mass=None, grad_logits=out
+                )
+                # In another layout another kernel may serve.
+                compare = assert_same_bits if out.stride() == grad.stride() else assert_close
+                for ours, other in ((others[0], loss), (others[1], unit), (out, grad)):
+                    compare(ours, other)
+            assert apart._base is not None and apart._base[..., ::2].isnan().all()
+
+
+def test_gradients_go_to_no_memory_that_is_not_theirs() -> None:
+    logits = make_logits((2, 5, 3, 4))
+    keywords = arguments(logits, make_target(logits))
+    wrong = {
+        "shape": torch.empty(2, 5, 4, 3),
+        "fewer": torch.empty(2, 5, 12),
+        "dtype": torch.empty(2, 5, 3, 4, dtype=torch.float64),
+        "expanded": torch.empty(2, 5, 1, 1).expand(2, 5, 3, 4),
+        "overlapping": torch.empty(500).as_strided((2, 5, 3, 4), (60, 12, 3, 1)),
+        "positions that are no run": torch.empty(2, 5, 3, 8)[..., :4],
+    }
+    for name, out in wrong.items():
+        with pytest.raises(RuntimeError):
+            torch.ops.fastopt.cross_entropy_forward_backward_out(
+                **keywords, largest_mass=None, grad_logits=out
+            )
+            pytest.fail(name)
 
 
 def test_direct_calls_change_nothing() -> None:

@@ -116,9 +116,10 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return std::vector<int64_t>(t.sizes().begin(), t.sizes().end());
 }
 
-// Whether every element between the first and the last is the tensor's own, and there once, in
-// whatever order of dimensions.
-inline bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+// Whether every element is there once, in whatever order of dimensions; and, of dense ones, every
+// element between the first and the last is the tensor's own.
+inline bool has_no_overlap(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                           bool dense = false) {
   std::vector<size_t> order;
   for (size_t i = 0; i < sizes.size(); ++i)
     if (sizes[i] != 1) order.push_back(i);
@@ -126,16 +127,24 @@ inline bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_
             [&](size_t a, size_t b) { return strides[a] < strides[b]; });
   int64_t expected = 1;
   for (const size_t i : order) {
-    if (strides[i] != expected) return false;
-    expected *= sizes[i];
+    if (dense ? strides[i] != expected : strides[i] < expected) return false;
+    expected = strides[i] * sizes[i];
   }
   return true;
+}
+
+inline bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  return has_no_overlap(sizes, strides, true);
+}
+
+inline std::vector<int64_t> strides_of(const Tensor& t) {
+  return std::vector<int64_t>(t.strides().begin(), t.strides().end());
 }
 
 // The strides of `like` where it is dense, else contiguous, as torch's empty_like has it.
 inline std::vector<int64_t> dense_strides(const Tensor& like) {
   const std::vector<int64_t> sizes = sizes_of(like);
-  std::vector<int64_t> strides(like.strides().begin(), like.strides().end());
+  std::vector<int64_t> strides = strides_of(like);
   return is_dense(sizes, strides) ? strides : contiguous_strides(sizes);
 }
 
@@ -291,6 +300,10 @@ struct CrossEntropyCall {
     return empty_strided(row_sizes, contiguous_strides(row_sizes), accumulate, place);
   }
 
+  Tensor empty_gradient() const {
+    return empty_strided(sizes_of(logits), gradient_strides(logits), logits.scalar_type(), place);
+  }
+
   void set_gradient(const Tensor& grad) {
     const std::optional<Strides> strides = view_strides(grad);
     check(strides.has_value(), "a gradient keeps the layout of its tensor");
@@ -328,8 +341,8 @@ struct CrossEntropyCall {
 // ---- the ops ----
 //
 // A back end is a struct Call, a CrossEntropyCall of its own Params, that knows how to
-//   std::pair<Tensor, Tensor> want_gradient(const std::optional<Tensor>& largest_mass)
-//                                        allocate the gradient and its unit
+//   Tensor empty_gradient()
+//   Tensor unit(const std::optional<Tensor>& largest_mass)   of the gradient, which is set
 //   Tensor loss(ScalarType)              run, the loss as torch would return it
 //   static void scale(const CrossEntropyCall<CrossEntropyProblem>&, const Tensor& factor, bool
 //   smoothed)
@@ -346,18 +359,40 @@ struct CrossEntropyLosses {
                                                              std::optional<Tensor> largest_mass) {
     const CrossEntropyOptions options{option...};
     Call call(logits, target, options);
-    call.check_largest(largest_mass);
-    const auto [grad_logits, unit] = call.want_gradient(largest_mass);
-    const Tensor loss = call.loss(options.loss_dtype);
+    const Tensor grad_logits = call.empty_gradient();
+    const auto [loss, unit] = with_gradient(call, options, largest_mass, grad_logits);
     return {loss, grad_logits, unit};
+  }
+
+  static std::tuple<Tensor, Tensor> forward_backward_out(Tensor logits, Tensor target,
+                                                         Option... option,
+                                                         std::optional<Tensor> largest_mass,
+                                                         Tensor grad_logits) {
+    const CrossEntropyOptions options{option...};
+    Call call(logits, target, options);
+    call.check_place({&grad_logits});
+    check(same_sizes(grad_logits, logits) && grad_logits.scalar_type() == logits.scalar_type(),
+          "grad_logits must have the shape and the type of logits");
+    check(has_no_overlap(sizes_of(grad_logits), strides_of(grad_logits)),
+          "grad_logits must have memory of its own for every element");
+    return with_gradient(call, options, largest_mass, grad_logits);
+  }
+
+ private:
+  static std::tuple<Tensor, Tensor> with_gradient(Call& call, const CrossEntropyOptions& options,
+                                                  const std::optional<Tensor>& largest_mass,
+                                                  const Tensor& grad_logits) {
+    call.check_largest(largest_mass);
+    call.set_gradient(grad_logits);
+    const Tensor unit = call.unit(largest_mass);
+    return {call.loss(options.loss_dtype), unit};
   }
 };
 
 template <class Call>
 void cross_entropy_scale(Tensor grad_logits, Tensor factor, Tensor target, int64_t ignore_index,
                          bool smoothed) {
-  check(is_dense(sizes_of(grad_logits),
-                 std::vector<int64_t>(grad_logits.strides().begin(), grad_logits.strides().end())),
+  check(is_dense(sizes_of(grad_logits), strides_of(grad_logits)),
         "grad_logits must be dense, as the ops return it");
   check(grad_logits.dim() == 0 || view_strides(grad_logits),
         "grad_logits must have a layout of the ops' own");
@@ -379,6 +414,7 @@ void register_cross_entropy(Library& library) {
       CrossEntropyLosses<Call, std::optional<Tensor>, int64_t, double, int64_t, ScalarType>;
   library.impl("cross_entropy_forward", TORCH_BOX(&Losses::forward));
   library.impl("cross_entropy_forward_backward", TORCH_BOX(&Losses::forward_backward));
+  library.impl("cross_entropy_forward_backward_out", TORCH_BOX(&Losses::forward_backward_out));
   library.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale<Call>));
 }
 

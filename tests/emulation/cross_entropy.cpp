@@ -39,21 +39,9 @@ PlanOut visible(const CrossEntropyPlan& plan) {
 }
 
 PlanOut last_plan;
-void* own_gradient;  // where the next gradient goes; null: where the launcher has it
-Strides own_strides;
 
 struct EmulatedCall : Call<Launcher> {
   using Call::Call;
-
-  std::pair<Tensor, Tensor> want_gradient(const std::optional<Tensor>& largest_mass) {
-    const auto outputs = Call::want_gradient(largest_mass);
-    if (own_gradient != nullptr) {
-      p.grad = own_gradient;
-      p.grad_strides = own_strides;
-    }
-    own_gradient = nullptr;
-    return outputs;
-  }
 
   Tensor loss(ScalarType type) {
     merge_positions();
@@ -75,12 +63,6 @@ FASTOPT_VISIBLE void fastopt_set_device(int64_t sm_count, int64_t shared_per_blo
                                         int64_t shared_per_sm, bool clusters, bool backwards) {
   limits = {sm_count, shared_per_block, shared_per_sm, clusters};
   descending = backwards;
-}
-
-FASTOPT_VISIBLE void fastopt_set_gradient(void* data, int64_t batch, int64_t cls,
-                                          int64_t position) {
-  own_gradient = data;
-  own_strides = {batch, cls, position};
 }
 
 FASTOPT_VISIBLE void fastopt_last_plan(PlanOut* out) { *out = last_plan; }

@@ -51,9 +51,7 @@ int64_t bytes_of(const Tensor& t) {
   return t.numel() * (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2);
 }
 
-Tensor empty_gradient(const Tensor& like) {
-  Tensor grad =
-      empty_strided(sizes_of(like), gradient_strides(like), like.scalar_type(), place_of(like));
+void advise_huge_pages(const Tensor& grad) {
   const int64_t bytes = bytes_of(grad);
 #ifdef MADV_HUGEPAGE
   if (bytes >= kHugePageBytes) {
@@ -65,7 +63,6 @@ Tensor empty_gradient(const Tensor& like) {
     if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   }
 #endif
-  return grad;
 }
 
 // body(begin, end) over tasks on torch's own threads; in place where one thread does them all.
@@ -305,9 +302,13 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     return sum;
   }
 
-  std::pair<Tensor, Tensor> want_gradient(const std::optional<Tensor>& largest_mass) {
-    Tensor grad = empty_gradient(logits);
-    set_gradient(grad);
+  Tensor empty_gradient() const {
+    const Tensor grad = CrossEntropyCall::empty_gradient();
+    advise_huge_pages(grad);
+    return grad;
+  }
+
+  Tensor unit(const std::optional<Tensor>& largest_mass) {
     // With every row ignored the loss is NaN and the gradient 0, as in torch.
     double unit = reduced(1.0);
     p.constants.upstream = unit;
@@ -318,7 +319,7 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     } else {
       unit = 1.0;
     }
-    return {grad, scalar(unit, ScalarType::Float)};
+    return scalar(unit, ScalarType::Float);
   }
 
   // Runs; the loss as torch would return it.

@@ -174,6 +174,9 @@ struct ContiguousRow : CrossEntropy<T, TT, kMass, kWeight> {
                 const Cache& cache) const {
     const A row_maximum = static_cast<A>(of_row.max);
     const A factor = static_cast<A>(of_row.factor);
+    // Before it is written over, where the gradient takes the logits' memory.
+    const bool here = kLabels && begin <= row.y && row.y < end;
+    const A true_exp = here ? scalar_exp(to_acc(row.x[row.y]) - row_maximum) : A(0);
     if (cache.exps == nullptr) {
       write_gradient<false>(grad, row, row_maximum, factor, begin, end, nullptr);
     } else {
@@ -184,10 +187,7 @@ struct ContiguousRow : CrossEntropy<T, TT, kMass, kWeight> {
         write_gradient<true>(grad, row, row_maximum, scaled, c0, c1, cache.exps);
       }
     }
-    if (kLabels && begin <= row.y && row.y < end) {
-      const A e = scalar_exp(to_acc(row.x[row.y]) - row_maximum);
-      grad[row.y] = from_acc<T>(true_gradient(factor * e, row.y));
-    }
+    if (here) grad[row.y] = from_acc<T>(true_gradient(factor * true_exp, row.y));
   }
 
   template <bool kCached>

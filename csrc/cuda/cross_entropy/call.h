@@ -5,7 +5,6 @@
 #pragma once
 
 #include <optional>
-#include <utility>
 
 #include "dispatch.h"
 #include "host/cross_entropy.h"
@@ -23,15 +22,13 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
     p.mean = reduction == kMean;
   }
 
-  std::pair<Tensor, Tensor> want_gradient(const std::optional<Tensor>& largest_mass) {
-    const Tensor grad =
-        empty_strided(sizes_of(logits), gradient_strides(logits), logits.scalar_type(), place);
-    set_gradient(grad);
+  Tensor unit(const std::optional<Tensor>& largest_mass) {
+    check(p.grad != p.logits || rows == 0, "grad_logits must not be logits on a GPU");
     const Tensor unit = empty_scalar(ScalarType::Float);
     p.unit = static_cast<float*>(unit.mutable_data_ptr());
     p.in_units = p.logits_type == Element::float16;
     if (largest_mass) p.largest_mass = static_cast<const float*>(largest_mass->const_data_ptr());
-    return {grad, unit};
+    return unit;
   }
 
   Tensor loss(ScalarType type) {

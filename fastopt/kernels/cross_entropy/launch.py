@@ -193,10 +193,37 @@ def cross_entropy_forward_backward(
     options: Options,
     largest_mass: Tensor | None = None,  # 0-dim, of float16 logits
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(logits, target, weight, options)
-    if logits.numel() == 0:
-        return reference.cross_entropy_forward_backward(logits, target, weight, options)
     grad_logits = layouts.empty_gradient(logits)
+    loss, unit = cross_entropy_forward_backward_out(
+        logits, target, weight, options, largest_mass, grad_logits
+    )
+    return loss, grad_logits, unit
+
+
+def cross_entropy_forward_backward_out(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    largest_mass: Tensor | None,
+    grad_logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    call = _Call(logits, target, weight, options)
+    _check(
+        grad_logits.shape == logits.shape
+        and grad_logits.dtype == logits.dtype
+        and grad_logits.device == logits.device,
+        "grad_logits must have the shape, the type and the device of logits",
+    )
+    _check(
+        viewed(grad_logits)[0] is grad_logits and layouts.has_no_overlap(grad_logits),
+        "grad_logits must have a layout that kernels can write",
+    )
+    if logits.numel() == 0:
+        return reference.cross_entropy_forward_backward_out(
+            logits, target, weight, options, largest_mass, grad_logits
+        )
+    _check(grad_logits.data_ptr() != logits.data_ptr(), "grad_logits must not be logits on a GPU")
     unit = call.scalar(torch.float32)
     scale = None
     if logits.dtype == torch.float16:
@@ -207,7 +234,7 @@ def cross_entropy_forward_backward(
             "largest_mass must be one number on the device of logits",
         )
         scale = reference.half_gradient_scale(largest_mass)
-    return _forward(call, grad_logits, unit, scale), grad_logits, unit
+    return _forward(call, grad_logits, unit, scale), unit
 
 
 def _forward(
