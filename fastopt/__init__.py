@@ -5,8 +5,9 @@ __version__ = "0.1.0"  # before the imports: backends.py compares it with that o
 from fastopt import backends
 from fastopt.backends import MissingKernelsWarning
 from fastopt.loss import CrossEntropyLoss, cross_entropy
+from fastopt.memory import empty_cache
 from fastopt.optim import SGD
 
-__all__ = ["SGD", "CrossEntropyLoss", "MissingKernelsWarning", "cross_entropy"]
+__all__ = ["SGD", "CrossEntropyLoss", "MissingKernelsWarning", "cross_entropy", "empty_cache"]
 
 backends.warn_of_missing_kernels()

@@ -23,7 +23,7 @@ from torch.nn import _reduction
 from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
-from fastopt import backends, layouts, ops, reference, selfcheck
+from fastopt import backends, layouts, memory, ops, reference, selfcheck
 from fastopt.options import MEAN, NONE, REDUCTIONS, Options
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
@@ -136,7 +136,9 @@ def cross_entropy(
 
     Differences from stock: half precision accumulates and counts in float32 and rounds once; rows that
     are ignored get gradient 0 even where their logits are NaN; the gradient has the strides of the
-    logits where those are dense (channels_last, say), stock's is always contiguous.
+    logits where those are dense (channels_last, say), stock's is always contiguous. On CPU the memory of
+    a gradient of 32 MB or more that goes on to another node of the graph serves the next one, too
+    (fastopt.empty_cache() gives it back): Tensor.resize_ cannot enlarge it.
     """
     if (
         _STOCK_IS_KNOWN
@@ -310,6 +312,8 @@ def _cross_entropy(
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()
     if not torch.is_grad_enabled() or not logits.requires_grad:
+        if not torch.compiler.is_compiling() and memory.POOL.blocks:
+            memory.POOL.age()
         return ops.cross_entropy_forward(logits, target, weight, *options)
     largest = _largest_mass(logits, target, weight)
     if torch.compiler.is_compiling():
@@ -332,6 +336,26 @@ def _largest_mass(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tens
     return largest
 
 
+def _kept_memory(logits: Tensor) -> Tensor | None:
+    """Memory for a large gradient that an earlier one has left (memory.py). Not where its owner may
+    want to enlarge it: the next node of the graph never does.
+    """
+    if not memory.AVAILABLE or logits.numel() * logits.element_size() < memory.MIN_BYTES:
+        if memory.POOL.blocks:
+            memory.POOL.age()
+        return None
+    if (
+        not logits.is_cpu
+        or not _is_plain(logits)
+        or logits.is_leaf
+        or logits.retains_grad
+        or logits._backward_hooks
+    ):
+        return None
+    meta = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
+    return memory.empty_like(layouts.empty_gradient(meta))
+
+
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _uses = getattr(torch._C, "_storage_Use_Count", lambda storage: math.inf)
 _is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
@@ -349,9 +373,15 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, weight, options, largest):
         with _below_autograd():
-            loss, grad, unit = ops.cross_entropy_forward_backward(
-                logits, target, weight, *options, largest
-            )
+            grad = _kept_memory(logits)
+            if grad is None:
+                loss, grad, unit = ops.cross_entropy_forward_backward(
+                    logits, target, weight, *options, largest
+                )
+            else:
+                loss, unit = ops.cross_entropy_forward_backward_out(
+                    logits, target, weight, *options, largest, grad
+                )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(unit)
         ctx.save_for_backward(grad, target, weight, unit if grad.dtype is torch.float16 else None)
