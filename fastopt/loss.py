@@ -83,10 +83,34 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss, computed by one fused kernel.
 
     Arguments, shapes, results, buffers and errors are those of torch.nn.CrossEntropyLoss; see
-    :func:`cross_entropy` for shapes, dtypes and the few places where results are better.
+    :func:`cross_entropy` for shapes, dtypes, lse_square_scale and where results are better.
     """
 
+    lse_square_scale = 0.0  # of objects that were made, or pickled, as torch's
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        lse_square_scale: float = 0.0,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.lse_square_scale = lse_square_scale
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            assert self.lse_square_scale == 0.0, "lse_square_scale is not for torch.jit.script"
+            options = (self.ignore_index, None, self.reduction, self.label_smoothing)
+            return _stock(input, target, self.weight, None, *options)
+        return self._fused(input, target)
+
+    @torch.jit.unused
+    def _fused(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(
             input,
             target,
@@ -94,6 +118,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            lse_square_scale=self.lse_square_scale,
         )
 
 
@@ -106,6 +131,8 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
 ) -> Tensor:
     """Cross-entropy between logits and a target, as torch.nn.functional.cross_entropy.
 
@@ -123,6 +150,8 @@ def cross_entropy(
         reduce: deprecated, see reduction.
         reduction: "none", "mean" (weighted by the true classes' weights) or "sum".
         label_smoothing: in [0, 1], the share of the target spread evenly over all classes.
+        lse_square_scale: z-loss: any number; every row that is not ignored has lse_square_scale *
+            logsumexp(input)**2 more, whatever its weight. Not for torch.jit.script, which refuses it.
 
     Returns:
         The loss, 0-dim, or shaped like the class indices for reduction "none"; in the logits'
@@ -149,23 +178,31 @@ def cross_entropy(
         and reduce is None
         and type(reduction) is str
         and reduction in REDUCTIONS
+        and lse_square_scale == 0.0
         and not has_torch_function_variadic(input, target, weight)
     ):  # all that is left of stock, whose questions cost a tiny call 1 %
         enum: Any = REDUCTIONS[reduction]  # its stub says str
         return torch._C._nn.cross_entropy_loss(
             input, target, weight, enum, ignore_index, label_smoothing
         )
-    if not _serves(input, target, weight, ignore_index, reduction, label_smoothing):
-        return _stock(
+    served = type(lse_square_scale) in (float, int) and _serves(
+        input, target, weight, ignore_index, reduction, label_smoothing
+    )
+    if not served:  # with z-loss, too, stock says what is wrong
+        loss = _stock(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
+        if lse_square_scale == 0.0:
+            return loss
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     loss_dtype = _loss_dtype(input)
     if target.dtype is not torch.int64:
         loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target))
     # Options, as a plain tuple: names would cost 0.5 us.
-    options = (ignore_index, label_smoothing, REDUCTIONS[reduction], loss_dtype)
+    options = (ignore_index, label_smoothing, REDUCTIONS[reduction], loss_dtype, lse_square_scale)
+    if not served:
+        return reference.cross_entropy(input, target, weight, Options(*options))
     return _cross_entropy(input, target, weight, options)
 
 
@@ -315,13 +352,15 @@ def _cross_entropy(
         if not torch.compiler.is_compiling() and memory.POOL.blocks:
             memory.POOL.age()
         return ops.cross_entropy_forward(logits, target, weight, *options)
-    largest = _largest_mass(logits, target, weight)
+    largest = _largest_mass(logits, target, weight, options)
     if torch.compiler.is_compiling():
         return ops.cross_entropy_forward_backward(logits, target, weight, *options, largest)[0]
     return _Loss.apply(logits, target, weight, options, largest)[0]
 
 
-def _largest_mass(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor | None:
+def _largest_mass(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]
+) -> Tensor | None:
     """largest_mass of ops.py; None: not asked for, or 1."""
     if logits.dtype is not torch.float16:
         return None
@@ -333,6 +372,9 @@ def _largest_mass(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tens
         sums = torch.linalg.vector_norm(target, 1, dim, dtype=torch.float32)
         largest_row = sums.amax().clamp(min=1)  # smoothing adds up to 1
         largest = largest_row if largest is None else largest * largest_row
+    if scale := Options(*options).lse_square_scale:  # of 2 |lse|, which is below 2^17
+        room = logits.new_full((), abs(scale) * 2**17, dtype=torch.float32)
+        largest = room + (1 if largest is None else largest)
     return largest
 
 
@@ -368,6 +410,9 @@ class _Loss(torch.autograd.Function):
     derivatives come from the same two formulas as first ones, and nothing of the logits is kept.
     Stock has the same plan, and saves the output of log_softmax. 2 passes over memory (reduction
     none: 4), and one buffer of the logits' size.
+
+    With z-loss a + 2 z lse may be 0, and grad says nothing of the softmax: the logits are kept, and
+    second derivatives are the reference's.
     """
 
     @staticmethod
@@ -383,8 +428,10 @@ class _Loss(torch.autograd.Function):
                     logits, target, weight, *options, largest, grad
                 )
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(unit)
-        ctx.save_for_backward(grad, target, weight, unit if grad.dtype is torch.float16 else None)
+        of_half = unit if grad.dtype is torch.float16 else None
+        kept = logits if options[-1] else None  # lse_square_scale
+        ctx.mark_non_differentiable(unit, *(() if kept is None else (grad,)))
+        ctx.save_for_backward(grad, target, weight, of_half, kept)
         ctx.options = options
         return loss, grad, unit
 
@@ -392,8 +439,12 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_grad, _):
         if grad_loss is None and grad_grad is None:
             return None, None, None, None, None
-        grad, target, weight, unit = ctx.saved_tensors
+        grad, target, weight, unit, logits = ctx.saved_tensors
         options = Options(*ctx.options)
+        if logits is not None and torch.is_grad_enabled():
+            loss = reference.cross_entropy(logits, target, weight, options)
+            result = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)[0]
+            return result, None, None, None, None
         if grad_grad is not None or torch.is_grad_enabled():
             result = _differentiable(grad, target, weight, unit, options, grad_loss, grad_grad)
             return result, None, None, None, None

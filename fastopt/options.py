@@ -11,7 +11,10 @@ NONE, MEAN, SUM = 0, 1, 2
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 # SymInt: torch.compile would compile anew for every other int.
-OPTIONS_SCHEMA = "SymInt ignore_index, float label_smoothing, int reduction, ScalarType loss_dtype"
+OPTIONS_SCHEMA = (
+    "SymInt ignore_index, float label_smoothing, int reduction, ScalarType loss_dtype,"
+    " float lse_square_scale=0.0"
+)
 
 
 class Options(NamedTuple):
@@ -19,6 +22,7 @@ class Options(NamedTuple):
     label_smoothing: float
     reduction: int
     loss_dtype: torch.dtype
+    lse_square_scale: float = 0.0
 
     @property
     def smoothing(self) -> float:
@@ -35,4 +39,5 @@ class Options(NamedTuple):
             "ignore_index": self.ignore_index,
             "keep": 1.0 - self.smoothing,
             "uniform": self.smoothing / max(classes, 1),
+            "lse_square_scale": self.lse_square_scale,
         }

@@ -4,6 +4,9 @@ Serves devices without kernels, and everything under FASTOPT_BACKEND=reference. 
 those of csrc/rules/softmax.h, with q the target mass, a = sum_c q_c, m = max_c x_c:
 
     loss = a log(sum_c exp(x_c - m)) - sum_c q_c (x_c - m)      dloss/dx_c = a softmax(x)_c - q_c
+
+z-loss adds lse_square_scale lse^2 to the loss, lse = log(sum_c exp(x_c)), and 2 lse_square_scale lse
+to a in the gradient.
 """
 
 from typing import NamedTuple
@@ -30,13 +33,13 @@ def _problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Opt
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     ignore_index, smoothing = options.ignore_index, options.smoothing
     uniform = smoothing / max(classes, 1)
-    w = layouts.along_classes(weight, x)
+    w = layouts.along_classes(weight, x).to(x.dtype)
     everything = torch.ones((), dtype=torch.bool, device=x.device)
     if target.is_floating_point():
         q = w * ((1 - smoothing) * target.to(x.dtype) + uniform)
         rows = x.new_full((), x.numel() / max(classes, 1))
         return _Problem(x, q, everything, everything, rows, dim)
-    label = target.unsqueeze(dim)
+    label = target.unsqueeze(dim).long()
     live = label != ignore_index
     one_hot = torch.zeros_like(x).scatter(dim, torch.where(live, label, 0), 1.0) * live
     counted = live if options.smoothed else one_hot > 0
@@ -63,6 +66,8 @@ def cross_entropy(
     # Class by class: infinite masses, or such as are too large to add up, make no inf - inf.
     terms = torch.where(p.counted, p.q * -p.x.log_softmax(p.dim), 0)
     loss = terms.sum(p.dim, keepdim=True)
+    if options.lse_square_scale != 0.0:
+        loss = loss + options.lse_square_scale * p.x.logsumexp(p.dim, keepdim=True).square()
     loss = torch.where(p.live, loss, 0).squeeze(p.dim)
     if options.reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
@@ -113,7 +118,10 @@ def cross_entropy_forward_backward_out(
         waits = upstream.isfinite()  # else the mean divides by nothing: the gradient is inf or NaN
         unit = torch.where(waits, upstream / scale, 1.0).to(torch.float32)
         upstream = torch.where(waits, scale, upstream)
-    grad = upstream * (p.q.sum(p.dim, keepdim=True) * p.x.softmax(p.dim) - p.q)
+    mass = p.q.sum(p.dim, keepdim=True)
+    if options.lse_square_scale != 0.0:
+        mass = mass + 2 * options.lse_square_scale * p.x.logsumexp(p.dim, keepdim=True)
+    grad = upstream * (mass * p.x.softmax(p.dim) - p.q)
     if not target.is_floating_point():
         # An infinite factor makes the true class NaN, where torch has inf - inf.
         ignored = target == options.ignore_index

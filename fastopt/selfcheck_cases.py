@@ -85,7 +85,7 @@ def _check_cross_entropy(device: torch.device, dtype: torch.dtype) -> Iterator[N
 
 def _check_loss(case: _Case, device: torch.device, dtype: torch.dtype) -> None:
     what = f"{'x'.join(map(str, case.shape))}, {case[1:]}"
-    options = Options(-100, case.smoothing, case.reduction, dtype)
+    options = Options(-100, case.smoothing, case.reduction, dtype, 0.01 * case.weighted)
     logits, target, weight = _inputs(case, dtype, options.ignore_index)
 
     inputs = logits.double(), target, None if weight is None else weight.double()

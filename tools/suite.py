@@ -41,7 +41,8 @@ class Part:
 
 
 # They enter every branch of the kernels.
-VALUES = ("tests/test_cross_entropy.py", "tests/test_sgd.py")
+LOSS = ("tests/test_cross_entropy.py", "tests/test_cross_entropy_lse_square.py")
+VALUES = (*LOSS, "tests/test_sgd.py")
 
 
 def levels() -> list[str]:
@@ -71,12 +72,8 @@ INTERPRETED = {
     "PYTHONWARNINGS": "ignore::RuntimeWarning",
 }
 OF_GPUS = [
-    Part("values emulated", ["tests/test_cross_entropy.py"], EMULATED),
-    Part(
-        "values interpreted",
-        ["tests/test_cross_entropy.py", "tests/test_cross_entropy_triton.py"],
-        INTERPRETED,
-    ),
+    Part("values emulated", LOSS, EMULATED),
+    Part("values interpreted", [*LOSS, "tests/test_cross_entropy_triton.py"], INTERPRETED),
 ]
 LEVELS = levels()
 

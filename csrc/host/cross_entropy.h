@@ -201,6 +201,7 @@ struct CrossEntropyOptions {
   double label_smoothing = 0;
   int64_t reduction = kSum;
   ScalarType loss_dtype = ScalarType::Float;
+  double lse_square_scale = 0;
 };
 
 // The arguments that every op shares, checked, and the params that follow from them. Params is a
@@ -250,7 +251,7 @@ struct CrossEntropyCall {
 
     p.keep = 1.0 - smoothing;
     p.uniform = p.classes > 0 ? smoothing / static_cast<double>(p.classes) : 0.0;
-    p.constants = {1.0, smoothing};
+    p.constants = {1.0, smoothing, options.lse_square_scale};
     if (weight) {
       check(weight->dim() == 1 && weight->size(0) == p.classes, "weight must have shape (C)");
       check(weight->scalar_type() == accumulate,
@@ -411,7 +412,7 @@ void cross_entropy_scale(Tensor grad_logits, Tensor factor, Tensor target, int64
 template <class Call, class Library>
 void register_cross_entropy(Library& library) {
   using Losses =
-      CrossEntropyLosses<Call, std::optional<Tensor>, int64_t, double, int64_t, ScalarType>;
+      CrossEntropyLosses<Call, std::optional<Tensor>, int64_t, double, int64_t, ScalarType, double>;
   library.impl("cross_entropy_forward", TORCH_BOX(&Losses::forward));
   library.impl("cross_entropy_forward_backward", TORCH_BOX(&Losses::forward_backward));
   library.impl("cross_entropy_forward_backward_out", TORCH_BOX(&Losses::forward_backward_out));

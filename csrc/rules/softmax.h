@@ -4,7 +4,8 @@
 //     loss        = a log(sum_c exp(x_c - m)) - sum_c q_c (x_c - m)
 //     d loss/dx_c = a p_c - q_c
 //
-// covers every variant (target.h has q of class indices and of probabilities).
+// covers every variant (target.h has q of class indices and of probabilities). z-loss adds z lse^2
+// to the loss and 2 z lse to a in the gradient, with lse = m + log(sum_c exp(x_c - m)).
 //
 // m and the logarithm stay apart: a log-sum-exp that holds m loses the digits of the loss under a
 // large common offset of the logits.
@@ -91,10 +92,12 @@ template <class A>
 struct RowConstants {
   A upstream;        // what gradients are multiplied by: the reduction's factor
   A smoothing_mass;  // sum_c (e / C) w_c
+  A lse_square_scale;
 };
 template <class A>
 FASTOPT_RULE RowConstants<A> rounded_to(const RowConstants<double>& of_call) {
-  return {static_cast<A>(of_call.upstream), static_cast<A>(of_call.smoothing_mass)};
+  return {static_cast<A>(of_call.upstream), static_cast<A>(of_call.smoothing_mass),
+          static_cast<A>(of_call.lse_square_scale)};
 }
 
 // What the true class adds to `dot`.
@@ -124,8 +127,16 @@ struct RowEnd {
 
 // V: A, or a vector of it with a row a lane. log_sum: the logarithm of row.sum.
 template <class V, class A>
-FASTOPT_RULE RowEnd<V> end_row(const RowStats<V>& row, V log_sum, const RowConstants<A>&) {
-  return {row.mass * log_sum - row.dot, row.max, row.mass / row.sum};
+FASTOPT_RULE RowEnd<V> end_row(const RowStats<V>& row, V log_sum,
+                               const RowConstants<A>& constants) {
+  RowEnd<V> end{row.mass * log_sum - row.dot, row.max, row.mass};
+  if (constants.lse_square_scale != A(0)) {
+    const V lse = row.max + log_sum, z_lse = constants.lse_square_scale * lse;
+    end.loss += z_lse * lse;
+    end.factor += z_lse + z_lse;
+  }
+  end.factor /= row.sum;
+  return end;
 }
 
 // The same from a loss that was added up class by class.

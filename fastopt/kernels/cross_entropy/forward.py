@@ -50,6 +50,7 @@ def forward_kernel(
     ignore_index: tl.int64,
     keep: tl.float64,  # 1 - e
     uniform: tl.float64,  # e / C
+    lse_square_scale: tl.float64,
     LABELS: tl.constexpr,
     WEIGHT: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -147,7 +148,12 @@ def forward_kernel(
         d = true_logit - row_max
         dot += tl.where(d == 0.0, 0.0, true_mass * d)
         mass += true_mass
-    loss = tl.where(live, mass * tl.log(row_sum) - dot, 0.0)
+    log_sum = tl.log(row_sum)
+    lse = row_max + log_sum
+    z = tl.full((), lse_square_scale, ACC)
+    loss = mass * log_sum - dot
+    loss = tl.where(z == 0.0, loss, loss + z * lse * lse)  # a loss of -0.0 keeps its sign
+    loss = tl.where(live, loss, 0.0)
     if REDUCTION == 0:
         tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=inside)
     else:
@@ -165,7 +171,7 @@ def forward_kernel(
         # Under a mask: a branch here would part what the registers are given to, and spill on sm_80.
         tl.store(unit_ptr, unit.to(tl.float32), mask=tl.program_id(0) == 0)
         up = tl.full([ROWS], upstream.to(ACC), ACC)
-        factor = softmax_scale(mass, row_sum, AXIS)
+        factor = softmax_scale(mass + 2 * z * lse, row_sum, AXIS)
         if EDGE > 1:
             edge_e = tl.exp(edge_x - tl.expand_dims(row_max, AXIS))
             edge_g = block_gradient(
