@@ -23,6 +23,11 @@ from fastopt.options import NONE, OPTIONS_SCHEMA, Options
 # logits: (C), (N, C) or (N, C, d1, ...). target: int64 class indices (N, d1, ...), or probabilities
 # shaped like logits. weight: (C), in the accumulation type (float32; float64 for float64 logits).
 _ARGUMENTS = f"Tensor logits, Tensor target, Tensor? weight, {OPTIONS_SCHEMA}"
+# input: (N, H). linear_weight: (C, H). linear_bias: (C).
+_LINEAR_ARGUMENTS = (
+    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
+    f" Tensor? grad_loss, {OPTIONS_SCHEMA}, ScalarType dtype, ScalarType accumulate, SymInt rows"
+)
 
 SCHEMAS = {
     "cross_entropy_forward": f"({_ARGUMENTS}) -> Tensor loss",
@@ -42,6 +47,13 @@ SCHEMAS = {
     # the true class, or all of them (smoothed, or probabilities).
     "cross_entropy_scale_": "(Tensor(a!) grad_logits, Tensor factor, Tensor target,"
     " SymInt ignore_index, bool smoothed) -> ()",
+    # The loss of logits that never exist whole, and the gradients that are wanted (others come back
+    # empty): in the accumulation type, but for grad_weight, which is summed in `accumulate`; for an
+    # upstream gradient of 1, or, with reduction none, for grad_loss: (N). dtype: that of the logits,
+    # to which input, linear_weight and linear_bias are rounded first, as autocast has it. rows: how
+    # many at a time (kernels/linear_cross_entropy.py), 0 for our own rule.
+    "linear_cross_entropy": f"({_LINEAR_ARGUMENTS}, bool wants_input, bool wants_weight,"
+    " bool wants_bias) -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
 }
 
 library = torch.library.Library("fastopt", "DEF")
@@ -53,16 +65,31 @@ library.define(
     "cross_entropy_times(Tensor grad_logits, Tensor grad_loss, Tensor? unit, Tensor target,"
     " SymInt ignore_index, bool smoothed, int reduction) -> Tensor"
 )
+# The same for the gradients of linear_cross_entropy, in `dtype` (linear_loss.py). target: where rows of
+# this gradient may be ignored.
+library.define(
+    "linear_cross_entropy_times(Tensor grad, Tensor grad_loss, Tensor? target, SymInt ignore_index,"
+    " ScalarType dtype) -> Tensor"
+)
+
+# Behind how many tensors an op's options stand.
+_TENSORS = {
+    "cross_entropy_forward": 3,
+    "cross_entropy_forward_backward": 3,
+    "cross_entropy_forward_backward_out": 3,
+    "linear_cross_entropy": 6,
+}
 
 
 def flat(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """An op's kernel that takes Options, as the dispatcher calls it: with one argument each."""
-    if not name.startswith("cross_entropy_forward"):
+    if name not in _TENSORS:
         return kernel
+    start = _TENSORS[name]
+    end = start + len(Options._fields)
 
-    def call(logits: Tensor, target: Tensor, weight: Tensor | None, *others: Any) -> Any:
-        count = len(Options._fields)
-        return kernel(logits, target, weight, Options(*others[:count]), *others[count:])
+    def call(*arguments: Any) -> Any:
+        return kernel(*arguments[:start], Options(*arguments[start:end]), *arguments[end:])
 
     return call
 
@@ -71,25 +98,56 @@ def register(name: str, key: str, kernel: Callable[..., Any]) -> None:
     torch.library.impl(f"fastopt::{name}", key, flat(name, kernel), lib=library)
 
 
-def triton_launcher(name: str) -> Callable[..., Any]:
-    """Triton is imported by the first call: it takes a second, and may be broken."""
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """Imported by the first call: Triton takes a second, and may be broken; other modules of kernels
+    call ops themselves."""
 
     def launch(*arguments: Any) -> Any:
-        kernels = importlib.import_module("fastopt.kernels.cross_entropy.launch")
+        kernels = importlib.import_module(f"fastopt.kernels.{module}")
         return getattr(kernels, name)(*arguments)
 
     return launch
 
 
+def triton_launcher(name: str) -> Callable[..., Any]:
+    return launcher("cross_entropy.launch", name)
+
+
 for _name in SCHEMAS:
     register(_name, "default", getattr(reference, _name))
-    if backends.GPU_FAMILY == "triton":
+    if backends.GPU_FAMILY == "triton" and _name != "linear_cross_entropy":
         register(_name, "CUDA", triton_launcher(_name))
+if backends.CPU_LIBRARY is not None:
+    register(
+        "linear_cross_entropy", "CPU", launcher("linear_cross_entropy", "linear_cross_entropy")
+    )
 
 
 def _fake(name: str) -> Callable[..., Any]:
     return lambda shapes: torch.library.register_fake(
         f"fastopt::{name}", flat(name, shapes), lib=library
+    )
+
+
+def accumulation_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def empty_linear_gradients(
+    input: Tensor,
+    linear_weight: Tensor,
+    exact: torch.dtype,
+    accumulate: torch.dtype,
+    wants_input: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of input, linear_weight and linear_bias; without elements where not
+    wanted."""
+    return (
+        input.new_empty(input.shape if wants_input else 0, dtype=exact),
+        input.new_empty(linear_weight.shape if wants_weight else 0, dtype=accumulate),
+        input.new_empty(linear_weight.shape[:1] if wants_bias else 0, dtype=exact),
     )
 
 
@@ -124,8 +182,24 @@ def _(grad_logits, *others):
     return torch.empty_like(grad_logits)
 
 
+@_fake("linear_cross_entropy")
+def _(input, linear_weight, linear_bias, target, weight, grad_loss, options, dtype, *others):
+    accumulate, _rows, *wants = others
+    shape = input.shape[:1] if options.reduction == NONE else ()
+    loss = input.new_empty(shape, dtype=options.loss_dtype)
+    exact = accumulation_type(dtype)
+    return loss, *empty_linear_gradients(input, linear_weight, exact, accumulate, *wants)
+
+
+@_fake("linear_cross_entropy_times")
+def _(grad, grad_loss, target, ignore_index, dtype):
+    return torch.empty_like(grad, dtype=dtype)
+
+
 cross_entropy_forward = torch.ops.fastopt.cross_entropy_forward.default
 cross_entropy_forward_backward = torch.ops.fastopt.cross_entropy_forward_backward.default
 cross_entropy_forward_backward_out = torch.ops.fastopt.cross_entropy_forward_backward_out.default
 cross_entropy_scale_ = torch.ops.fastopt.cross_entropy_scale_.default
 cross_entropy_times = torch.ops.fastopt.cross_entropy_times.default
+linear_cross_entropy = torch.ops.fastopt.linear_cross_entropy.default
+linear_cross_entropy_times = torch.ops.fastopt.linear_cross_entropy_times.default

@@ -132,6 +132,43 @@ def cross_entropy_forward_backward_out(
     return loss, unit
 
 
+def linear_cross_entropy(
+    input: Tensor,  # (N, H)
+    linear_weight: Tensor,  # (C, H)
+    linear_bias: Tensor | None,  # (C)
+    target: Tensor,
+    weight: Tensor | None,
+    grad_loss: Tensor | None,  # (N), of reduction none
+    options: Options,
+    dtype: torch.dtype,
+    accumulate: torch.dtype,
+    rows: int,
+    wants_input: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    x, w = input.to(dtype).to(exact), linear_weight.to(dtype).to(exact)
+    b = None if linear_bias is None else linear_bias.to(dtype).to(exact)
+    if target.is_floating_point():
+        target = target.to(exact)
+    else:  # what is ignored is multiplied by nothing, and may be NaN
+        x = torch.where((target == options.ignore_index).unsqueeze(1), 0, x)
+    logits = torch.nn.functional.linear(x, w, b)
+    loss, grad, _ = cross_entropy_forward_backward(logits, target, weight, options)
+    if grad_loss is not None:
+        upstream = grad_loss.to(exact)
+        if not target.is_floating_point():
+            upstream = torch.where(target == options.ignore_index, 0, upstream)
+        grad = grad * (upstream + (upstream - upstream)).unsqueeze(1)
+    return (
+        loss,
+        grad @ w if wants_input else w.new_empty(0),
+        (grad.t() @ x if wants_weight else w.new_empty(0)).to(accumulate),
+        grad.sum(0) if wants_bias else w.new_empty(0),
+    )
+
+
 def half_gradient_scale(largest: Tensor) -> Tensor:
     """csrc/rules/cross_entropy.h: the power of two that takes `largest` to [2^13, 2^14)."""
     _, exponent = torch.frexp(largest)  # 1 for [1, 2)

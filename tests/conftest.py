@@ -39,7 +39,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fastopt")
 
 DEVICE = os.environ.get("FASTOPT_TEST_DEVICE", "cpu")
-OF_KERNELS = ("test_cross_entropy", "test_sgd", "test_crossover")
+OF_KERNELS = ("test_cross_entropy", "test_linear_cross_entropy", "test_sgd", "test_crossover")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,7 +70,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """A test that uses a face fails if torch alone answered, unless it is marked `stock`."""
-    faces = (served.cross_entropy, served.sgd)
+    faces = (served.cross_entropy, served.linear_cross_entropy, served.sgd)
     before = [face.counts() for face in faces]
     yield
     if item.get_closest_marker("stock") or not fastopt.backends.ALWAYS:

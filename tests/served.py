@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastopt
-from fastopt import backends, loss
+from fastopt import backends, linear_loss, loss
 from fastopt.sgd import step
 
 
@@ -45,6 +45,7 @@ class Face:
 
 
 cross_entropy = Face()
+linear_cross_entropy = Face()
 sgd = Face()
 
 
@@ -61,6 +62,7 @@ def why_not(device: str = "cpu") -> str | None:
     )
 
 
+_serves_linear = linear_loss._serves
 _serves, _kernel_step, _torch_update = loss._serves, step.kernel_step, step.torch_update
 
 
@@ -70,6 +72,15 @@ def _counting_serves(*call: Any) -> bool:
     if not torch.compiler.is_compiling():  # a count would be a guard
         cross_entropy.ours += served
         cross_entropy.torchs += not served
+    return served
+
+
+@functools.wraps(_serves_linear)
+def _counting_serves_linear(*call: Any) -> bool:
+    served = _serves_linear(*call)
+    if not torch.compiler.is_compiling():
+        linear_cross_entropy.ours += served
+        linear_cross_entropy.torchs += not served
     return served
 
 
@@ -93,6 +104,7 @@ def _counting_torch_update(options: Any, params: Any, *arguments: Any) -> None:
 
 
 loss._serves = _counting_serves
+linear_loss._serves = _counting_serves_linear
 if backends.ALWAYS:  # torch's C++ function answers empty calls unasked, and nobody would count them
     loss._STOCK_IS_KNOWN = False
 step.kernel_step = _counting_kernel_step

@@ -135,9 +135,10 @@ def call_op(op: str, keywords: dict[str, object]) -> object:
 def test_these_are_all_the_ops() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.removeprefix("fastopt::") for name in names if name.startswith("fastopt::")}
-    others = {"cross_entropy_forward_backward_out", "cross_entropy_scale_", "cross_entropy_times"}
-    assert registered == {*OPS, *others}
-    assert registered == {*fastopt.ops.SCHEMAS, "cross_entropy_times"}
+    times = {"cross_entropy_times", "linear_cross_entropy_times"}
+    others = {"cross_entropy_forward_backward_out", "cross_entropy_scale_", "linear_cross_entropy"}
+    assert registered == {*OPS, *others, *times}
+    assert registered == {*fastopt.ops.SCHEMAS, *times}
     for op in fastopt.ops.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastopt::{op}", "CPU")
 
