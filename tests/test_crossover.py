@@ -6,7 +6,9 @@ Runs without FASTOPT_ALWAYS=1: `pytest -m crossover`.
 from __future__ import annotations
 
 import functools
+import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,8 @@ from cross_entropy_cases import (
     make_target,
     random_upstream,
 )
+from fastopt import linear_loss
+from linear_cross_entropy_cases import PARAMETERS, make_call
 from test_cross_entropy_ops import ops_reached
 
 pytestmark = pytest.mark.crossover
@@ -132,3 +136,87 @@ def test_tiny_calls_refuse_what_torch_refuses(reduction: object) -> None:
         F.cross_entropy(logits, torch.arange(4), reduction=reduction)
     with pytest.raises(stock.type):
         fastopt.cross_entropy(logits, torch.arange(4), reduction=reduction)
+
+
+# -- linear_cross_entropy ---------------------------------------------------------------------------
+
+
+def _linear_call(
+    rows: int, features: int, classes: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    call = make_call((rows, features, classes), dtype)
+    return {name: v.requires_grad_(name in PARAMETERS) for name, v in call.items()}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(4, 8, 10), (1024, 8, 100), (64, 8, 32000)], ids=dtype_name)
+def test_small_heads_are_a_linear_layer_and_our_loss(
+    shape: tuple[int, int, int], reduction: str
+) -> None:
+    call = _linear_call(*shape)
+    logits = F.linear(call["input"], call["linear_weight"], call["linear_bias"])
+    expected = fastopt.cross_entropy(logits, call["target"], reduction=reduction)
+    assert_same_bits(fastopt.linear_cross_entropy(**call, reduction=reduction), expected)
+    reached = ops_reached(lambda: fastopt.linear_cross_entropy(**call, reduction=reduction))
+    assert "linear_cross_entropy" not in reached
+
+
+def test_large_heads_are_served_in_chunks() -> None:
+    call = _linear_call(1024, 8, 8192)
+    for reduction, chunks in (("mean", True), ("sum", True), ("none", False)):
+        loss_of = functools.partial(fastopt.linear_cross_entropy, **call, reduction=reduction)
+        assert ("linear_cross_entropy" in ops_reached(loss_of)) is chunks
+        with torch.no_grad():
+            assert "linear_cross_entropy" in ops_reached(loss_of)
+
+
+def test_rows_are_recomputed_where_memory_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_loss, "_MIN_LOGITS_TO_RECOMPUTE", 1 << 23)
+    call = _linear_call(1024, 8, 8192)
+    loss_of = functools.partial(fastopt.linear_cross_entropy, **call, reduction="none")
+    assert "linear_cross_entropy" in ops_reached(loss_of)
+
+
+@pytest.mark.parametrize("has", [True, False], ids=["instructions", "none"])
+def test_half_precision_without_instructions_is_served_early(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_loss.kernel, "multiplies", lambda dtype: has)
+    half = _linear_call(128, 64, 200, torch.bfloat16)
+    single = _linear_call(128, 64, 200)
+    del single["linear_bias"]
+    for reduction in REDUCTIONS:
+        call = functools.partial(fastopt.linear_cross_entropy, **half, reduction=reduction)
+        assert ("linear_cross_entropy" in ops_reached(call)) is not has
+        call = functools.partial(fastopt.linear_cross_entropy, **single, reduction=reduction)
+        assert "linear_cross_entropy" not in ops_reached(call)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ("linear_cross_entropy" in ops_reached(call)) is not has
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="options came with torch 2.13"
+)
+def test_options_ask_for_chunks_at_any_size() -> None:
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+    call = functools.partial(
+        fastopt.linear_cross_entropy, **_linear_call(4, 8, 10), options=options
+    )
+    assert "linear_cross_entropy" in ops_reached(call)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch's came with 2.13")
+def test_small_heads_have_torchs_errors_too() -> None:
+    call = make_call((4, 8, 10))
+    for different in (
+        {"linear_bias": torch.ones(11)},
+        {"target": torch.full((4,), 10)},
+        {"target": torch.zeros(3, dtype=torch.int64)},
+        {"target": torch.full((4, 10), 0.1), "ignore_index": 1},
+        {"input": torch.ones(4, 9)},
+        {"reduction": "avg"},
+    ):
+        with pytest.raises(Exception) as stock:
+            F.linear_cross_entropy(**{**call, **different})
+        with pytest.raises(stock.type, match=re.escape(str(stock.value).splitlines()[0])):
+            fastopt.linear_cross_entropy(**{**call, **different})
