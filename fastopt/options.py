@@ -13,7 +13,7 @@ REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 # SymInt: torch.compile would compile anew for every other int.
 OPTIONS_SCHEMA = (
     "SymInt ignore_index, float label_smoothing, int reduction, ScalarType loss_dtype,"
-    " float lse_square_scale=0.0"
+    " float lse_square_scale"
 )
 
 

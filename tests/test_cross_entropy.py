@@ -427,16 +427,18 @@ def test_labels_out_of_range_make_their_row_nan(wrong: int | str, dtype: torch.d
         weight = make_weight(shape[1], wide)
         for options in [(None, -100, 0.0), (weight, -100, 0.1), (weight, -100, 1.0)]:
             rows, of_rows, _ = ops.cross_entropy_forward_backward(
-                logits, target, *options, 0, dtype
+                logits, target, *options, 0, dtype, 0.0
             )
-            loss, grad, _ = ops.cross_entropy_forward_backward(logits, right, *options, 0, dtype)
+            loss, grad, _ = ops.cross_entropy_forward_backward(
+                logits, right, *options, 0, dtype, 0.0
+            )
             assert rows[bad].isnan().all() and of_rows[bad_rows].isnan().all()
             assert_same_bits(rows[~bad], loss[~bad])
             assert_same_bits(of_rows[~bad_rows], grad[~bad_rows])
-            alone = ops.cross_entropy_forward(logits, target, *options, 0, dtype)
+            alone = ops.cross_entropy_forward(logits, target, *options, 0, dtype, 0.0)
             assert torch.equal(alone.isnan(), bad)
             for reduction in (1, 2):
-                arguments = (logits, target, *options, reduction, dtype)
+                arguments = (logits, target, *options, reduction, dtype, 0.0)
                 loss, grad, _ = ops.cross_entropy_forward_backward(*arguments)
                 assert loss.isnan() and ops.cross_entropy_forward(*arguments).isnan()
                 assert torch.equal(grad.isnan(), bad_rows) and grad[~bad_rows].isfinite().all()

@@ -57,7 +57,7 @@ def run(
     target = make_target(logits) if target is None else target
     set_device(device)
     loss, grad, _ = torch.ops.fastopt_emulated.cross_entropy_forward_backward(
-        logits, target, None, -100, 0.0, reduction, torch.float32
+        logits, target, None, -100, 0.0, reduction, torch.float32, 0.0
     )
     return emulated.plan_of_the_last_call(), loss, grad
 

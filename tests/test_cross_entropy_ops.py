@@ -125,6 +125,7 @@ def arguments(
         "label_smoothing": label_smoothing,
         "reduction": REDUCTION_NUMBERS[reduction],
         "loss_dtype": logits.dtype,
+        "lse_square_scale": 0.0,
     }
 
 

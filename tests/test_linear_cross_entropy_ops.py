@@ -48,6 +48,7 @@ def arguments(
         "label_smoothing": call.get("label_smoothing", 0.0),
         "reduction": REDUCTIONS["none" if rows else reduction],
         "loss_dtype": dtype,
+        "lse_square_scale": 0.0,
         "dtype": dtype,
         "accumulate": accumulate,
         "rows": 0,

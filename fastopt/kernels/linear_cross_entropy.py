@@ -1,7 +1,7 @@
 """Linear cross-entropy in chunks of rows: torch's GEMMs around the row ops of cross-entropy.
 
     logits            = input[rows] W^T + b         (rows, C), in one buffer that all chunks share
-    loss[rows], grad  = cross_entropy of the rows
+    loss[rows], grad  = cross_entropy of the rows   written over the logits
     grad_input[rows]  = factor grad W
     grad_weight      += factor grad^T input[rows]   starts by a store, not from zeros
     grad_bias        += factor sum of grad's rows
@@ -10,8 +10,7 @@
 by which a GEMM multiplies anyway, costs nothing. Ignored rows are left out before the first GEMM:
 what does not count is not computed, and a NaN in it is multiplied by nothing.
 
-Held at once: the logits of one chunk, and as much again for their gradient. A row op that wrote it
-over the logits would save that, and the page faults of a fresh gradient for every chunk.
+Held at once: the logits of one chunk, whose gradient takes their place.
 
 Gradients are summed in float32 (float64 of float64), whatever the number of chunks, and returned so:
 who multiplies them by an upstream gradient rounds them, once. Half precision is multiplied in float32
@@ -93,7 +92,10 @@ def linear_cross_entropy(
         if not (wants_input or wants_weight or wants_bias):
             losses[at] = ops.cross_entropy_forward(logits, goal, weight, *row_options)
             continue
-        losses[at], grad, _ = ops.cross_entropy_forward_backward(logits, goal, weight, *row_options)
+        losses[at], _ = ops.cross_entropy_forward_backward_out(
+            logits, goal, weight, *row_options, None, logits
+        )
+        grad = logits
         if grad_loss is not None:
             upstream = grad_loss[at].to(exact).unsqueeze(1)
             grad.mul_(upstream + (upstream - upstream))  # infinity is NaN, as in the sums of torch
@@ -111,7 +113,6 @@ def linear_cross_entropy(
         if wants_bias:
             sums = grad.sum(0, dtype=exact).mul_(factor)
             grad_bias.add_(sums) if start else grad_bias.copy_(sums)
-        del grad  # before the next chunk's is allocated
 
     loss = losses
     if options.reduction != NONE:
