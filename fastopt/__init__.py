@@ -2,12 +2,17 @@
 
 __version__ = "0.1.0"  # before the imports: backends.py compares it with that of the libraries
 
+from typing import TYPE_CHECKING, Any
+
 from fastopt import backends
 from fastopt.backends import MissingKernelsWarning
 from fastopt.linear_loss import LinearCrossEntropyLoss, linear_cross_entropy
 from fastopt.loss import CrossEntropyLoss, cross_entropy
 from fastopt.memory import empty_cache
 from fastopt.optim import SGD
+
+if TYPE_CHECKING:
+    from fastopt.patching import patch, patched, unpatch
 
 __all__ = [
     "SGD",
@@ -17,6 +22,22 @@ __all__ = [
     "cross_entropy",
     "empty_cache",
     "linear_cross_entropy",
+    "patch",
+    "patched",
+    "unpatch",
 ]
+
+_LAZY = dict.fromkeys(["patch", "patched", "unpatch"], "fastopt.patching")
+
+
+def __getattr__(name: str) -> Any:
+    """What few scripts need is imported when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
+
 
 backends.warn_of_missing_kernels()
