@@ -2,7 +2,9 @@
 is missing. The exit status is 1 where kernels are missing that could serve here.
 
 `python -m fastopt check`: whether the kernels of each GPU give right values there; what was found
-is kept for all later processes. The exit status is 1 where one does not."""
+is kept for all later processes. The exit status is 1 where one does not.
+
+`python -m fastopt run script.py`: see running.py."""
 
 import json
 import os
@@ -190,6 +192,11 @@ if __name__ == "__main__":
         sys.exit(check())
     if sys.argv[1:2] == ["check"]:
         check_one(*sys.argv[2:])
+    if sys.argv[1:2] == ["run"]:
+        from fastopt import running
+
+        running.main(sys.argv[2:])
+        sys.exit()
     try:
         print(report(), flush=True)
     except BrokenPipeError:  # `| head -1` has seen enough; Python would try again at its end
