@@ -13,6 +13,7 @@ from fastopt.optim import SGD
 
 if TYPE_CHECKING:
     from fastopt.patching import patch, patched, unpatch
+    from fastopt.reports import report, reporting
 
 __all__ = [
     "SGD",
@@ -24,10 +25,15 @@ __all__ = [
     "linear_cross_entropy",
     "patch",
     "patched",
+    "report",
+    "reporting",
     "unpatch",
 ]
 
-_LAZY = dict.fromkeys(["patch", "patched", "unpatch"], "fastopt.patching")
+_LAZY = {
+    **dict.fromkeys(["patch", "patched", "unpatch"], "fastopt.patching"),
+    **dict.fromkeys(["report", "reporting"], "fastopt.reports"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -41,3 +47,8 @@ def __getattr__(name: str) -> Any:
 
 
 backends.warn_of_missing_kernels()
+
+if backends.VERBOSE:
+    from fastopt import reports
+
+    reports.speak()

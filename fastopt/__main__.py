@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "FASTOPT_CHECK": "kernels of a GPU serve once they gave right values there (0: trust them)",
     "FASTOPT_LIBRARY": "the library in the package",
     "FASTOPT_DEBUG": "on a GPU, labels out of range make the loss NaN, and nothing waits for it",
+    "FASTOPT_VERBOSE": "nothing is said of calls that torch serves",
+    "FASTOPT_QUIET": "patch() and `python -m fastopt run` say what they patch",
 }
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # and the dispatcher's key of each
 GPU_KERNELS = {"cuda": "CUDA C++", "triton": "Triton"}

@@ -22,6 +22,7 @@ import torch
 # All read once: changing the environment later changes nothing.
 ALWAYS = os.environ.get("FASTOPT_ALWAYS") == "1"
 DEBUG = os.environ.get("FASTOPT_DEBUG") == "1"
+VERBOSE = os.environ.get("FASTOPT_VERBOSE") == "1"
 CHECK = os.environ.get("FASTOPT_CHECK") != "0"
 BACKEND = os.environ.get("FASTOPT_BACKEND") or None
 if BACKEND not in (None, "cuda", "triton", "reference"):

@@ -189,7 +189,7 @@ def cross_entropy(
         input, target, weight, ignore_index, reduction, label_smoothing
     )
     if not served:  # with z-loss, too, stock says what is wrong
-        loss = _stock(
+        loss = _by_torch(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
         if lse_square_scale == 0.0:
@@ -204,6 +204,10 @@ def cross_entropy(
     if not served:
         return reference.cross_entropy(input, target, weight, Options(*options))
     return _cross_entropy(input, target, weight, options)
+
+
+def _by_torch(*call: Any) -> Tensor:  # reports.py replaces this, as it does _cross_entropy
+    return _stock(*call)
 
 
 # What torch.jit.script takes in its place.

@@ -150,7 +150,9 @@ def patch(*what: str, quiet: bool = False) -> None:
 
     Existing modules, optimizers and references to torch.nn.functional.cross_entropy are served as
     new ones are. Calls that our kernels do not cover run torch's code, as they do in fastopt's own
-    faces. Calling this again changes nothing.
+    faces; on GPUs so do steps of torch.optim.SGD under a GradScaler with fused=True, with options
+    that are tensors, or captured in a CUDA graph (fastopt.SGD takes them). Calling this again changes
+    nothing.
 
     Args:
         what: "loss" (torch.nn.CrossEntropyLoss and torch.nn.functional.cross_entropy), "sgd"

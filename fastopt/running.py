@@ -6,6 +6,7 @@ and Python's own end of a process are what they are. An exception leaves through
 are taken out of its traceback where Python prints it.
 """
 
+import atexit
 import io
 import os
 import pkgutil
@@ -18,22 +19,27 @@ from typing import Any
 from fastopt import patching
 
 USAGE = """\
-usage: python -m fastopt run [--quiet] script.py [argument ...]
-       python -m fastopt run [--quiet] -m module [argument ...]"""
+usage: python -m fastopt run [option ...] script.py [argument ...]
+       python -m fastopt run [option ...] -m module [argument ...]
+
+  --report            at the end, print what was served and why the rest was not
+  --report=FILE       write it to FILE.html, FILE.json or, as a table, to any other FILE
+  --compare           and torch's results and times beside ours, for the first losses and steps
+  --quiet             do not say what is patched"""
+_COMPARED = 5
 
 
 def main(arguments: list[str]) -> None:
     """Run a script with the arguments of `python -m fastopt run`."""
-    quiet = False
+    options: dict[str, str] = {}
     while arguments and arguments[0].startswith("-") and arguments[0] != "-m":
-        option = arguments.pop(0)
+        option, _, value = arguments.pop(0).partition("=")
         if option in ("-h", "--help"):
             print(USAGE)
             return
-        if option == "--quiet":
-            quiet = True
-        else:
-            _refuse(f"there is no option {option}\n{USAGE}")
+        if option not in ("--report", "--compare", "--quiet") or (value and option != "--report"):
+            _refuse(f"there is no option {option}{value and '='}{value}\n{USAGE}")
+        options[option] = value
     if not arguments or arguments == ["-m"]:
         _refuse(f"there is nothing to run\n{USAGE}")
     as_module = arguments[0] == "-m"
@@ -41,13 +47,45 @@ def main(arguments: list[str]) -> None:
         del arguments[0]
     if not (as_module or os.path.exists(arguments[0])):
         _cannot_open(_absolute(arguments[0]), FileNotFoundError(2, os.strerror(2)))
-    patching.patch(quiet=quiet)
+    if "--report" in options or "--compare" in options:
+        _report(options.get("--report", ""), _COMPARED if "--compare" in options else 0)
+    patching.patch(quiet="--quiet" in options)
     _become(as_module, arguments)
 
 
 def _refuse(message: str) -> None:
     print(f"fastopt: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _report(file: str, compare: int) -> None:
+    """Record from now on, and tell when this process ends: after its traceback, however it ends short
+    of os._exit and a deadly signal."""
+    file = file and os.path.abspath(file)  # the script may change the folder
+    if file:
+        try:
+            with open(file, "a"):  # now, not after hours
+                pass
+        except OSError as error:
+            _refuse(f"the report cannot be written: {error}")
+    from fastopt import reports
+
+    report, process = reports.reporting(compare), os.getpid()
+
+    def finish() -> None:
+        if os.getpid() != process:  # a fork's end is not the script's
+            return
+        report.stop()
+        try:
+            if file:
+                report.save(file)
+                print(f"fastopt: the report is in {file}", file=sys.stderr)
+                return
+        except OSError as error:
+            print(f"fastopt: the report cannot be written: {error}", file=sys.stderr)
+        print(report, file=sys.stderr)
+
+    atexit.register(finish)
 
 
 def _absolute(path: str) -> str:
