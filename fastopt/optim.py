@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _use_grad_for_differentiable
 
+from fastopt.sgd import quiet
 from fastopt.sgd.devices import Devices
 from fastopt.sgd.step import overflowed, prepare, update
 
@@ -182,7 +182,10 @@ class SGD(torch.optim.SGD):
 
     state_dict.__doc__ = torch.optim.SGD.state_dict.__doc__
 
-    @_use_grad_for_differentiable
+    # torch's constructor puts it around the step of each class.
+    profile_hook_step: Any = staticmethod(quiet.profile_hook_step)
+
+    @quiet.use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 

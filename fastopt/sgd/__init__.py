@@ -1,5 +1,6 @@
 """SGD's step, below optim.py:
 
+    quiet.py    what torch puts around a step, only where somebody looks on
     step.py     one step: all parameters at once, or group by group beside torch's own
     devices.py  what lasts from step to step on a GPU
     gather.py   how a step's tensors become rows of addresses
