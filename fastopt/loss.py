@@ -196,8 +196,8 @@ def cross_entropy(
             return loss
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    loss_dtype = _loss_dtype(input)
-    if target.dtype is not torch.int64:
+    loss_dtype = _loss_dtype(input) if served else loss.dtype
+    if served and target.dtype is not torch.int64:
         loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target))
     # Options, as a plain tuple: names would cost 0.5 us.
     options = (ignore_index, label_smoothing, REDUCTIONS[reduction], loss_dtype, lse_square_scale)

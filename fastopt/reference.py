@@ -209,5 +209,6 @@ def labels_in_range(target: Tensor, ignored: Tensor, classes: int) -> Tensor:
 
 def _divisor(total_weight: Tensor, options: Options) -> Tensor:
     """What the mean divides by: weights that add up to 0 make label smoothing's part NaN."""
-    nothing = (total_weight == 0) & options.smoothed
-    return torch.where(nothing, torch.nan, total_weight)
+    if not options.smoothed:
+        return total_weight
+    return torch.where(total_weight == 0, torch.nan, total_weight)

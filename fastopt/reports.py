@@ -211,8 +211,9 @@ def _unserved(*call: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return theirs(*call)
     logits, target, weight, _, ignore_index, _, reduction, label_smoothing = call
+    otherwise = "lse_square_scale is neither a float nor an int"
     question = logits, target, weight, ignore_index, reduction, label_smoothing
-    why = reasons.of_loss(*question) or "lse_square_scale is neither a float nor an int"
+    why = _why(otherwise, reasons.of_loss, *question)
     with _timed("cross_entropy", _described(logits), why):
         return theirs(*call)
 
@@ -221,7 +222,7 @@ def _step(optimizer: Any, grad_scale: Any, found_inf: Any) -> None:
     update = _real["update"]
     if torch.compiler.is_compiling():
         return update(optimizer, grad_scale, found_inf)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group.get("params", ())]
     count = sum(getattr(p, "grad", None) is not None for p in params)
     _of_this_thread.why, _of_this_thread.left = reasons.of_step(optimizer), [0, 0.0]
     _of_this_thread.where = where = _where()
@@ -244,13 +245,12 @@ def _left_to_torch(options: Any, params: Any, grads: Any, buffers: Any, *others:
         return torch_update(options, params, grads, buffers, *others)
     found = []
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        buffer = buffers[i] if i < len(buffers) else None
-        why = getattr(_of_this_thread, "why", None) or reasons.of_param(
-            options, param, grad, buffer
-        )
-        found.append(
-            (_described(param), why or "memory is shared, or fused=True refuses a neighbour")
-        )
+        why = getattr(_of_this_thread, "why", None)
+        if why is None:
+            question = options, param, grad, buffers[i] if buffers else None
+            otherwise = "shares memory with others, or they refuse fused=True"
+            why = _why(otherwise, reasons.of_param, *question)
+        found.append((_described(param), why))
     begin = time.perf_counter()
     try:
         torch_update(options, params, grads, buffers, *others)
@@ -262,6 +262,14 @@ def _left_to_torch(options: Any, params: Any, grads: Any, buffers: Any, *others:
         if left := getattr(_of_this_thread, "left", None):
             left[0] += len(found)
             left[1] += seconds
+
+
+def _why(otherwise: str, of: Callable[..., str | None], *question: Any) -> str:
+    """A script is not to fail over a reason."""
+    try:
+        return of(*question) or otherwise
+    except Exception as error:  # noqa: BLE001
+        return f"of a kind that raises {type(error).__name__} when it is asked"
 
 
 def _compare(op: str, what: str, compare: Callable[[], dict[str, Any]]) -> None:
@@ -328,7 +336,7 @@ def speak() -> None:
 
 
 def _described(x: Any) -> str:
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.is_nested:
         return type(x).__name__
     on = "" if x.device.type == "cpu" else f" on {x.device}"
     return f"{' x '.join(map(str, x.shape)) or 'scalar'} {str(x.dtype).removeprefix('torch.')}{on}"

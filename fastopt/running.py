@@ -8,6 +8,7 @@ are taken out of its traceback where Python prints it.
 
 import atexit
 import io
+import multiprocessing
 import os
 import pkgutil
 import runpy
@@ -50,7 +51,21 @@ def main(arguments: list[str]) -> None:
     if "--report" in options or "--compare" in options:
         _report(options.get("--report", ""), _COMPARED if "--compare" in options else 0)
     patching.patch(quiet="--quiet" in options)
+    # What a process hands to those that it starts with multiprocessing, pickled unless it forks.
+    getattr(multiprocessing.current_process(), "_config", {})["fastopt"] = _PatchesToo()
     _become(as_module, arguments)
+
+
+class _PatchesToo:
+    """Patches the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _patch_child, ()
+
+
+def _patch_child() -> _PatchesToo:
+    patching.patch(quiet=True)
+    return _PatchesToo()
 
 
 def _refuse(message: str) -> None:
@@ -61,8 +76,10 @@ def _refuse(message: str) -> None:
 def _report(file: str, compare: int) -> None:
     """Record from now on, and tell when this process ends: after its traceback, however it ends short
     of os._exit and a deadly signal."""
-    file = file and os.path.abspath(file)  # the script may change the folder
     if file:
+        name, ending = os.path.splitext(os.path.abspath(file))  # the script may change the folder
+        rank = os.environ.get("RANK")  # that torchrun gives to each of its processes
+        file = f"{name}{rank and f'-{rank}' or ''}{ending}"
         try:
             with open(file, "a"):  # now, not after hours
                 pass

@@ -270,6 +270,32 @@ def test_transforms() -> None:
 
 
 @pytest.mark.library
+@pytest.mark.stock
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced() -> None:
+    logits = make_logits((9, 7))
+    labels = make_target(logits)
+    for target in (labels, make_probabilities(logits)):
+        for keywords in ({}, {"label_smoothing": 0.1, "weight": make_weight(7, logits.dtype)}):
+            keywords["lse_square_scale"] = SCALE
+
+            def loss(x: Tensor, target: Tensor = target, keywords: dict = keywords) -> Tensor:
+                return fastopt.cross_entropy(x, target, **keywords)
+
+            traced = torch.jit.trace(loss, (logits.clone(),))
+            torch.testing.assert_close(traced(logits + 1), loss(logits + 1))
+
+
+@pytest.mark.library
+@pytest.mark.stock
+def test_nobody_reads_meta_tensors() -> None:
+    logits = torch.empty(9, 7, dtype=torch.float16, device="meta")
+    target = torch.empty(9, dtype=torch.int64, device="meta")
+    loss = fastopt.cross_entropy(logits, target, reduction="none", lse_square_scale=SCALE)
+    assert loss.shape == (9,) and loss.dtype == torch.float16 and loss.is_meta
+
+
+@pytest.mark.library
 @pytest.mark.parametrize("shape", [(9, 7), (64, 1000)], ids=dtype_name)
 def test_compiled(shape: tuple[int, ...]) -> None:
     logits = make_logits(shape)
