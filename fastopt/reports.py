@@ -25,6 +25,7 @@ from fastopt.sgd import launch, step
 
 logger = logging.getLogger("fastopt")
 _TORCH, _OURS = (os.path.dirname(str(package.__file__)) + os.sep for package in (torch, fastopt))
+_FOLDER = os.getcwd() + os.sep
 _MOST_ROWS = 1000  # beyond, rows of other shapes are one
 
 
@@ -317,9 +318,7 @@ def _where() -> str:
         ):
             break
         frame = frame.f_back
-    name = frame.f_code.co_filename
-    inside = os.path.relpath(name) if name.startswith(os.getcwd() + os.sep) else name
-    return f"{inside}:{frame.f_lineno}"
+    return f"{frame.f_code.co_filename.removeprefix(_FOLDER)}:{frame.f_lineno}"
 
 
 def speak() -> None:
