@@ -1,7 +1,7 @@
 """Scripts that know nothing of fastopt, served by it: patch(), unpatch(), `with patched():`.
 
-Two functions of torch get other code, in place: torch.nn.functional.cross_entropy, which
-torch.nn.CrossEntropyLoss calls, and torch.optim.SGD.step. No name and no class becomes another
+Functions of torch get other code, in place: torch.nn.functional.cross_entropy, which
+torch.nn.CrossEntropyLoss calls, linear_cross_entropy likewise, and torch.optim.SGD.step. No name and no class becomes another
 object. So whoever holds one is served, wherever that is: modules that imported it before or will,
 registries, default arguments, closures, subclasses of users, instances that exist, an lr_scheduler
 that wrapped a step. `type(x) is`, isinstance, pickles, torch.save and tables of functions
@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt import loss, optim
+from fastopt import linear_loss, loss, optim
 from fastopt.sgd import launch
 
 _fastopt_cross_entropy = loss.cross_entropy
+_fastopt_linear_cross_entropy = linear_loss.linear_cross_entropy
 _stock_step = inspect.unwrap(torch.optim.SGD.step)
 _our_step = inspect.unwrap(optim.SGD.step)
 
@@ -72,6 +73,31 @@ def _call_cross_entropy(
     )
 
 
+def _call_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    return _fastopt_linear_cross_entropy(
+        input,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        options=options,
+    )
+
+
 def _call_sgd_step(self, closure=None):
     return _fastopt_sgd_step(self, closure)
 
@@ -98,6 +124,14 @@ FUNCTIONS = [
         *("_fastopt_sgd_step", (sys.modules[__name__], "_stock_step"), ("torch.optim.SGD",)),
     ),
 ]
+if hasattr(torch.nn.functional, "linear_cross_entropy"):  # from torch 2.13 on
+    FUNCTIONS.append(
+        _Function(
+            *("loss", "torch.nn.functional", "linear_cross_entropy"),
+            *(_call_linear_cross_entropy.__code__, "_fastopt_linear_cross_entropy"),
+            *((linear_loss, "_stock"), ("torch.nn.LinearCrossEntropyLoss",)),
+        )
+    )
 WHAT = tuple(dict.fromkeys(function.what for function in FUNCTIONS))
 
 
@@ -155,8 +189,9 @@ def patch(*what: str, quiet: bool = False) -> None:
     nothing.
 
     Args:
-        what: "loss" (torch.nn.CrossEntropyLoss and torch.nn.functional.cross_entropy), "sgd"
-            (torch.optim.SGD). Default: all.
+        what: "loss" (torch.nn.CrossEntropyLoss and torch.nn.functional.cross_entropy; from torch 2.13
+            on LinearCrossEntropyLoss and linear_cross_entropy, too), "sgd" (torch.optim.SGD).
+            Default: all.
         quiet: do not say on standard error what was patched. FASTOPT_QUIET=1 does so for all calls.
 
     Raises:
@@ -234,7 +269,7 @@ def _find(of: _Function) -> FunctionType | str:
         or function.__code__.co_filename != sys.modules[of.module].__file__
         or function.__code__.co_freevars
         or [*inspect.signature(function).parameters]
-        != [*of.code.co_varnames[: of.code.co_argcount]]
+        != [*of.code.co_varnames[: of.code.co_argcount + of.code.co_kwonlyargcount]]
     ):
         return f"{where} (it is {getattr(function, '__module__', 'somebody')}'s)"
     return function
