@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fastopt
-from fastopt import backends, comparing, loss, optim, reasons
+from fastopt import backends, comparing, loss, optim, patching, reasons
 from fastopt.sgd import launch, step
 
 logger = logging.getLogger("fastopt")
@@ -188,6 +188,7 @@ def _replace() -> None:
         (loss, "_by_torch", _unserved),
         (optim, "update", _step),
         (step, "torch_update", _left_to_torch),
+        (patching, "_is_unsure", _is_unsure),
     ):
         there = getattr(module, name)
         if _open and there is not mine:
@@ -238,6 +239,14 @@ def _step(optimizer: Any, grad_scale: Any, found_inf: Any) -> None:
         if left < count or not count:
             name = f"{type(optimizer).__name__}, {_tensors(count - left)}"
             _record("sgd", name, "", time.perf_counter() - begin - in_torch, where)
+
+
+def _is_unsure(optimizer: Any) -> bool:
+    unsure: bool = _real["_is_unsure"](optimizer)
+    if unsure:
+        why = "a GradScaler with fused=True, options that are tensors, or a CUDA graph: use fastopt.SGD"
+        _record("sgd", type(optimizer).__name__, why, 0.0)
+    return unsure
 
 
 def _left_to_torch(options: Any, params: Any, grads: Any, buffers: Any, *others: Any) -> None:

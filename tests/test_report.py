@@ -23,7 +23,7 @@ import fastopt
 import served
 from child import run
 from cross_entropy_calls import CALLS
-from fastopt import backends, loss, optim, reasons, reports, running
+from fastopt import backends, loss, optim, patching, reasons, reports, running
 from fastopt.sgd import step
 from sgd_oracle import OPTIONS, leaf, set_grads, values
 from test_sgd_served import UNSERVED, stock_params  # noqa: F401
@@ -240,7 +240,7 @@ def test_reasons_of_whole_steps() -> None:
 # --- recording -----------------------------------------------------------------------------------
 
 PLACES = [(loss, "_cross_entropy"), (loss, "_by_torch"), (loss, "_STOCK_IS_KNOWN")]
-PLACES += [(optim, "update"), (step, "torch_update")]
+PLACES += [(optim, "update"), (step, "torch_update"), (patching, "_is_unsure")]
 
 
 @pytest.fixture(autouse=True)
@@ -294,6 +294,29 @@ def test_a_report_counts_places_and_answers(tmp_path: Path) -> None:
     page = (tmp_path / "a.html").read_text()
     assert page.count("<rect") == 5 and "http" not in page and "<script" not in page
     assert (tmp_path / "a.txt").read_text().startswith("fastopt ")
+
+
+@pytest.mark.stock
+def test_what_only_a_gpu_knows_of_torchs_optimizer_is_torchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def train(lr: float | Tensor) -> list[Tensor]:
+        params = [leaf(values(9, seed=1))]
+        optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9, foreach=False)
+        for seed in range(3):
+            set_grads(params, seed=seed)
+            optimizer.step()
+        return params
+
+    expected = train(0.1)
+    with fastopt.patched(quiet=True), fastopt.reporting() as report:
+        monkeypatch.setattr(patching.launch, "family", lambda: "triton")
+        results = train(torch.tensor(0.1))
+        assert [row["count"] for row in report.as_dict()["rows"]] == [3]
+        assert "use fastopt.SGD" in report.as_dict()["rows"][0]["reason"]
+        assert all(map(torch.equal, results, expected))
+        assert all(map(torch.equal, train(0.1), expected))
+    assert [row["served_by"] for row in report.as_dict()["rows"]].count("fastopt") == 1
 
 
 def test_reports_are_transparent_to_compilers() -> None:
