@@ -117,26 +117,22 @@ class Report:
         """One page, with a picture of where time went."""
         found = self.as_dict()
         longest = max([row["seconds"] for row in found["rows"]], default=0) or 1
-        bars, height = [], 44
-        for i, row in enumerate(found["rows"]):
-            color = "#c60" if row["reason"] else "#286"
-            label = f"{row['op']}: {row['what']}, {row['where']}, {row['count']} x"
-            if row["reason"]:
-                label += f", torch: {row['reason']}"
+        bars = []
+        for row in found["rows"]:
+            words = f"{_time(row['seconds'])}, {row['count']} x {row['op']}: {row['what']}, "
+            words += row["where"] + (f", torch: {row['reason']}" if row["reason"] else "")
             bars.append(
-                f'<text x="0" y="{i * height + 14}">{html.escape(label)}</text>'
-                f'<rect x="0" y="{i * height + 20}" height="14" fill="{color}"'
-                f' width="{max(1, 600 * row["seconds"] / longest):.0f}"/>'
-                f'<text x="610" y="{i * height + 32}">{_time(row["seconds"])}</text>'
+                f'<p>{html.escape(words)}<br><svg width="100%" height="14">'
+                f'<rect width="{row["seconds"] / longest:.1%}" height="14"'
+                f' fill="{"#c60" if row["reason"] else "#286"}"/></svg></p>'
             )
         return (
             '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>fastopt: report</title>'
-            "<style>body{font:14px sans-serif;margin:2em}svg{font-size:13px}</style>"
-            f"<h1>{html.escape(_head(found))}</h1>"
-            '<p><b style="color:#286">fastopt</b> and <b style="color:#c60">torch</b>, by time'
-            " on the host.</p>"
-            f'<svg width="1200" height="{len(bars) * height + 4}" role="img">{"".join(bars)}</svg>'
-            f"<pre>{html.escape(str(self))}</pre></html>\n"
+            '<meta name="viewport" content="width=device-width">'
+            "<style>body{font:14px sans-serif;margin:2em}pre{overflow:auto}</style>"
+            "<h1>Where time went: "
+            '<span style="color:#286">fastopt</span>, <span style="color:#c60">torch</span></h1>'
+            f"{''.join(bars)}<pre>{html.escape(str(self))}</pre></html>\n"
         )
 
     def save(self, path: str | Path) -> None:

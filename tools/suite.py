@@ -118,6 +118,8 @@ CHECK = [
             *(f"tests/test_sgd_{part}.py" for part in ("groups", "scaler", "table")),
             "tests/test_sgd_served.py",
             "tests/test_main.py::test_report_names_versions_library_and_kernels",
+            "tests/test_patch.py::test_sgd_is_served_bit_by_bit",
+            "tests/test_report.py::test_a_report_counts_places_and_answers",
             "tests/test_selfcheck.py::test_bad_kernels_of_the_loss_do_not_serve",
             "tests/test_ledger.py",
             "tests/test_workflows.py::test_every_action_is_pinned_by_commit",
