@@ -65,9 +65,10 @@ test: lint build build/triton-$(OLD_TRITON)
 test-values: build
 	$(BIN)/python tools/suite.py values
 
-# The loss in every mode of PyTorch, against torch's own: also those that compile with Inductor.
+# The losses in every mode of PyTorch, against torch's own: also those that compile with Inductor.
 modes: build
-	$(PYTEST) -n auto --maxprocesses 8 tests/test_cross_entropy_modes.py
+	$(PYTEST) -n auto --maxprocesses 8 tests/test_cross_entropy_modes.py \
+	  tests/test_linear_cross_entropy_modes.py
 
 # make bench BENCH=--quick: a few cases, for a first look
 bench: build

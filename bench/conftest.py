@@ -134,9 +134,13 @@ def interleave(
     """
     quick = request.config.getoption("--quick")
     budget = (SECONDS_PER_CASE_QUICK if quick else SECONDS_PER_CASE)[device]
-    fewest = FEWEST_ROUNDS_QUICK if quick else FEWEST_ROUNDS
+    fewest_rounds = FEWEST_ROUNDS_QUICK if quick else FEWEST_ROUNDS
 
-    def run(calls: dict[str, Call], before: dict[str, Call] | None = None) -> dict:
+    def run(
+        calls: dict[str, Call],
+        before: dict[str, Call] | None = None,
+        fewest: int = fewest_rounds,
+    ) -> dict:
         before = before or {}
 
         def turn(variant: str, repeats: int) -> float:

@@ -23,12 +23,6 @@ from fastopt.options import NONE, OPTIONS_SCHEMA, Options
 # logits: (C), (N, C) or (N, C, d1, ...). target: int64 class indices (N, d1, ...), or probabilities
 # shaped like logits. weight: (C), in the accumulation type (float32; float64 for float64 logits).
 _ARGUMENTS = f"Tensor logits, Tensor target, Tensor? weight, {OPTIONS_SCHEMA}"
-# input: (N, H). linear_weight: (C, H). linear_bias: (C).
-_LINEAR_ARGUMENTS = (
-    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
-    f" Tensor? grad_loss, {OPTIONS_SCHEMA}, ScalarType dtype, ScalarType accumulate, SymInt rows"
-)
-
 SCHEMAS = {
     "cross_entropy_forward": f"({_ARGUMENTS}) -> Tensor loss",
     # grad_logits * unit is the gradient for an upstream gradient of 1 (with reduction none, of each
@@ -47,13 +41,6 @@ SCHEMAS = {
     # the true class, or all of them (smoothed, or probabilities).
     "cross_entropy_scale_": "(Tensor(a!) grad_logits, Tensor factor, Tensor target,"
     " SymInt ignore_index, bool smoothed) -> ()",
-    # The loss of logits that never exist whole, and the gradients that are wanted (others come back
-    # empty): in the accumulation type, but for grad_weight, which is summed in `accumulate`; for an
-    # upstream gradient of 1, or, with reduction none, for grad_loss: (N). dtype: that of the logits,
-    # to which input, linear_weight and linear_bias are rounded first, as autocast has it. rows: how
-    # many at a time (kernels/linear_cross_entropy.py), 0 for our own rule.
-    "linear_cross_entropy": f"({_LINEAR_ARGUMENTS}, bool wants_input, bool wants_weight,"
-    " bool wants_bias) -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
 }
 
 library = torch.library.Library("fastopt", "DEF")
@@ -65,8 +52,20 @@ library.define(
     "cross_entropy_times(Tensor grad_logits, Tensor grad_loss, Tensor? unit, Tensor target,"
     " SymInt ignore_index, bool smoothed, int reduction) -> Tensor"
 )
-# The same for the gradients of linear_cross_entropy, in `dtype` (linear_loss.py). target: where rows of
-# this gradient may be ignored.
+# The loss of logits that never exist whole, a loop over the ops above for every device. input: (N, H).
+# linear_weight: (C, H). linear_bias: (C). Gradients that are not wanted come back empty; the others
+# in the accumulation type, but for grad_weight, which is summed in `accumulate`; for an upstream
+# gradient of 1, or, with reduction none, for grad_loss: (N). dtype: that of the logits, to which input,
+# linear_weight and linear_bias are rounded first, as autocast has it. rows: how many at a time
+# (kernels/linear_cross_entropy.py), 0 for our own rule.
+library.define(
+    "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    f" Tensor? weight, Tensor? grad_loss, {OPTIONS_SCHEMA}, ScalarType dtype, ScalarType accumulate,"
+    " SymInt rows, bool wants_input, bool wants_weight, bool wants_bias)"
+    " -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+)
+# What backward makes of its gradients, in `dtype` (linear_loss.py). target: where rows of this gradient
+# may be ignored.
 library.define(
     "linear_cross_entropy_times(Tensor grad, Tensor grad_loss, Tensor? target, SymInt ignore_index,"
     " ScalarType dtype) -> Tensor"
@@ -115,8 +114,9 @@ def triton_launcher(name: str) -> Callable[..., Any]:
 
 for _name in SCHEMAS:
     register(_name, "default", getattr(reference, _name))
-    if backends.GPU_FAMILY == "triton" and _name != "linear_cross_entropy":
+    if backends.GPU_FAMILY == "triton":
         register(_name, "CUDA", triton_launcher(_name))
+register("linear_cross_entropy", "default", reference.linear_cross_entropy)
 if backends.CPU_LIBRARY is not None:
     register(
         "linear_cross_entropy", "CPU", launcher("linear_cross_entropy", "linear_cross_entropy")

@@ -16,6 +16,8 @@ VALUES = [
     "test_cross_entropy.py::test_one_hot_probabilities_are_class_indices",
     "test_cross_entropy_autograd.py::test_several_backwards_of_one_graph[mean-float32]",
     *["test_cross_entropy_autograd.py::test_compile_aot_eager[mean-float32]"] * _COMPILES_GRADIENTS,
+    "test_linear_cross_entropy.py::test_values[29x8x7-mean-float32]",
+    "test_linear_cross_entropy.py::test_values[29x33x1000-none-bfloat16]",
     "test_cross_entropy_autograd.py::test_a_second_backward_without_retain_graph_raises[mean]",
     "test_cross_entropy_threads.py::test_threads_may_share_the_logits",
     "test_sgd.py::test_all_sizes_in_one_step_equal_the_for_loop_bitwise[torch.float32-plain]",
@@ -32,7 +34,7 @@ class Plugin:
     def pytest_configure(self):
         import served
         from fastopt.sgd import step
-        served._serves = lambda *call: False
+        served._serves = served._serves_linear = lambda *call: False
         step.is_plain_call = lambda: False
 
 sys.exit(pytest.main(sys.argv[1:], plugins=[Plugin()]))
