@@ -229,12 +229,13 @@ def linear_cross_entropy(
         IndexError: a class index outside [0, C) that is not ignore_index; RuntimeError with options.
         Whatever torch.nn.functional.linear_cross_entropy raises for the same arguments.
 
-    Differences from stock: memory beyond inputs and results is that of the chunk, whatever N is. The
-    weight's gradient is summed in float32 and rounded once. Half precision is multiplied in float32
-    where the CPU has no instructions for it. Rows that are ignored get gradient 0, and give none, even
-    where they are NaN. With options: gradients may be differentiated again, label smoothing and
-    probabilities are served, all rows ignored gives gradients 0, not NaN. Reduction none has a fourth
-    matrix product, so that it is served in chunks only where the logits would be very large.
+    Differences from stock, where chunks are the faster way, and with options always: memory beyond
+    inputs and results is that of the chunk, whatever N is. The weight's gradient is summed in float32
+    and rounded once. Half precision is multiplied in float32 where the CPU has no instructions for it.
+    Rows that are ignored get gradient 0, and give none, even where they are NaN. With options:
+    gradients may be differentiated again, label smoothing and probabilities are served, all rows
+    ignored gives gradients 0, not NaN. Reduction none has a fourth matrix product in chunks, so that
+    without options only logits that would be very large are served so.
     """
     if options is None and _composes(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index
@@ -287,13 +288,9 @@ def _composes(
     shape, head = input.shape, linear_weight.shape
     if len(shape) != 2 or len(head) != 2:
         return False
-    same = eq
-    if torch.compiler.is_compiling():
-        same = loss._surely_same
-        if not (input.is_cuda or loss._is_compiled_too_small(shape[0] * head[0])):
-            return False
-    elif not _is_too_small(shape, head, input, linear_weight, linear_bias, reduction):
+    if not _is_too_small(shape, head, input, linear_weight, linear_bias, reduction):
         return False
+    same = loss._surely_same if torch.compiler.is_compiling() else eq
     return (
         same(shape[1:], head[1:])
         and (linear_bias is None or same(linear_bias.shape, head[:1]))
@@ -316,16 +313,29 @@ def _is_too_small(
         return True
     if loss.backends.ALWAYS:
         return False
+    surely: Any = bool
+    if torch.compiler.is_compiling():  # of sizes that may change no answer is to become a guard
+        from torch.fx.experimental.symbolic_shapes import statically_known_true as surely
     rows, classes = shape[0], head[0]
-    if rows >= _MIN_ROWS and rows * classes >= _MIN_LOGITS:
-        if reduction != "none" or rows * classes >= _MIN_LOGITS_TO_RECOMPUTE:
-            return False
-        if not torch.is_grad_enabled() or not _wants_any(input, linear_weight, linear_bias):
-            return False
-    if rows * classes * shape[1] < _MIN_HALF_PRODUCTS:
+    recomputes = (
+        reduction == "none"
+        and torch.is_grad_enabled()
+        and _wants_any(input, linear_weight, linear_bias)
+    )
+    least = _MIN_LOGITS_TO_RECOMPUTE if recomputes else _MIN_LOGITS
+    if not (surely(rows < _MIN_ROWS) or surely(rows * classes < least)):
+        return False
+    if surely(rows * classes * shape[1] < _MIN_HALF_PRODUCTS):
         return True
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-    return dtype not in _HALF or kernel.multiplies(dtype)
+    return dtype not in _HALF or _multiplies(dtype)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    return kernel.multiplies(dtype)
+
+
+_multiplies._dynamo_marked_constant = True  # type: ignore[attr-defined] # see backends.serves_gpu
 
 
 def _wants_any(*parameters: Tensor | None) -> bool:

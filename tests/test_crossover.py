@@ -32,6 +32,7 @@ from cross_entropy_cases import (
     random_upstream,
 )
 from fastopt import linear_loss
+from fastopt.loss import _COMPILES_GRADIENTS
 from linear_cross_entropy_cases import PARAMETERS, make_call
 from test_cross_entropy_ops import ops_reached
 
@@ -168,6 +169,22 @@ def test_large_heads_are_served_in_chunks() -> None:
         assert ("linear_cross_entropy" in ops_reached(loss_of)) is chunks
         with torch.no_grad():
             assert "linear_cross_entropy" in ops_reached(loss_of)
+
+
+@pytest.mark.slow
+def test_the_same_crossover_in_compiled_graphs() -> None:
+    for shape, dtype, chunks in (
+        ((1024, 8, 8192), torch.float32, True),
+        ((256, 8, 8192), torch.float32, False),
+        ((128, 64, 200), torch.bfloat16, not linear_loss.kernel.multiplies(torch.bfloat16)),
+    ):
+        torch._dynamo.reset()
+        call = _linear_call(*shape, dtype)
+        compiled = torch.compile(
+            lambda call: fastopt.linear_cross_entropy(**call), fullgraph=True, backend="aot_eager"
+        )
+        reached = ops_reached(lambda call=call, compiled=compiled: compiled(call))
+        assert ("linear_cross_entropy" in reached) is (chunks and _COMPILES_GRADIENTS)
 
 
 def test_rows_are_recomputed_where_memory_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
