@@ -12,7 +12,9 @@ import torch
 from fastopt.sgd import table
 
 ROOT = Path(__file__).parents[1]
-STRUCTS = [table.SgdGroup, table.SgdRow, table.SgdSpan, table.SgdTable, table.SgdLaunch]
+STRUCTS = [
+    *(table.SgdGroup, table.SgdRow, table.SgdSpan, table.SgdTable, table.SgdPython, table.SgdLaunch)
+]
 NUMBERS = {
     "SgdElement": table.ELEMENTS,
     "SgdSource": table.SOURCES,

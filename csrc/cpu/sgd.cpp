@@ -305,7 +305,7 @@ bool run(const SgdTable& table, const SgdStep& step, int64_t blocks) {
 extern "C" __attribute__((visibility("default"))) const int64_t* fastopt_sgd_struct_bytes() {
   using namespace fastopt;
   static const int64_t bytes[] = {sizeof(SgdGroup), sizeof(SgdRow), sizeof(SgdSpan),
-                                  sizeof(SgdTable)};
+                                  sizeof(SgdTable), sizeof(SgdPython)};
   return bytes;
 }
 

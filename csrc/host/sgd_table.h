@@ -3,6 +3,7 @@
 // every place and size.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace fastopt {
@@ -82,6 +83,21 @@ struct SgdTable {
 
   int64_t span_count;  // or what class Rows writes instead. Starts as 0, like busy
   int64_t busy;        // a thread that let go of Python's lock is still using rows and spans
+};
+
+// Functions of Python's stable ABI, and objects, for csrc/cpu/sgd_fetch.cpp.
+struct SgdPython {
+  void* (*PyObject_GetAttr)(void* object, void* name);
+  int (*PyDict_Next)(void* dict, ptrdiff_t* place, void** key, void** value);
+  void* (*PyDict_GetItemWithError)(void* dict, void* key);
+  void* (*PyErr_Occurred)();
+  void* (*PyTuple_New)(ptrdiff_t size);
+  int (*PyTuple_SetItem)(void* tuple, ptrdiff_t place, void* item);
+  void (*Py_IncRef)(void* object);
+  void (*Py_DecRef)(void* object);
+  void *grad, *momentum_buffer;  // names
+  void *none, *dict;
+  int64_t type_offset;  // as in SgdTable
 };
 
 // A whole step on a GPU. Host memory but for the addresses marked (device).

@@ -1,13 +1,16 @@
-"""How a step's tensors become rows of addresses: csrc/cpu/sgd.cpp reads them where CPython and torch
-keep them, and says there why it is not Python. For GPUs, Python does where that was not built.
+"""How a step's tensors are found (csrc/cpu/sgd_fetch.cpp) and become rows of addresses:
+csrc/cpu/sgd.cpp reads them where CPython and torch keep them, and says there why it is not Python.
+For GPUs, Python does where that was not built.
 """
 
 import ctypes
 import functools
 import sysconfig
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from operator import gt, or_
+from itertools import repeat
+from operator import attrgetter, gt, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +25,11 @@ from fastopt.sgd.table import (
     NO_GRADIENT,
     NOT_SERVED,
     OVERLAPPING,
+    PYTHON,
     READY,
     TORCH,
     Groups,
+    SgdPython,
     SgdRow,
     SgdSpan,
     SgdTable,
@@ -77,7 +82,7 @@ def find_layout(word: Callable[[int], int | None] = _read_word) -> Layout | None
     with torch.inference_mode():
         tensors.append(torch.empty(1))
     header = object.__basicsize__
-    objects = (*tensors, None)
+    objects: tuple[Any, ...] = (*tensors, None, {})
     for i, thing in enumerate(objects):
         if word(items(objects) + i * _WORD) != id(thing):
             return None
@@ -109,7 +114,14 @@ if OTHER_SOURCES:
     backends.problems.append(
         "_C.so was built from other sources; SGD works through torch until it is rebuilt"
     )
+
+
+def _address_of(name: str) -> int | None:
+    return ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value
+
+
 LAYOUT = None if backends.CPU_LIBRARY is None or OTHER_SOURCES else find_layout()
+_SAVE_THREAD, _RESTORE_THREAD = map(_address_of, ("PyEval_SaveThread", "PyEval_RestoreThread"))
 if LAYOUT is not None:
     # They read Python's objects, so they are called with its lock held; a large step lets go of it
     # when all addresses are known.
@@ -123,10 +135,40 @@ if LAYOUT is not None:
     _run.argtypes = [*[_address] * 6, ctypes.c_char_p, ctypes.c_int64]
     for _function in (_gather, _step, _run):
         _function.restype = ctypes.c_int64
-    _SAVE_THREAD, _RESTORE_THREAD = (
-        ctypes.cast(function, ctypes.c_void_p).value
-        for function in (ctypes.pythonapi.PyEval_SaveThread, ctypes.pythonapi.PyEval_RestoreThread)
-    )
+    _OF_PYTHON = "grad", "momentum_buffer", None, dict
+    _python = SgdPython(*map(_address_of, PYTHON), *map(id, _OF_PYTHON), type_offset=LAYOUT.type)
+    _grads, _momentum_buffers = _library.fastopt_sgd_grads, _library.fastopt_sgd_momentum_buffers
+    _grads.argtypes = [_address, _address, ctypes.c_int64]
+    _momentum_buffers.argtypes = [*_grads.argtypes, ctypes.py_object]
+    _grads.restype = _momentum_buffers.restype = ctypes.py_object
+    _PYTHON = ctypes.addressof(_python)
+
+_get_grad = attrgetter("grad")
+
+
+def grads_of(params: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of each parameter, None where there is none. Raises what reading one raises."""
+    if LAYOUT is None:
+        return tuple(map(_get_grad, params))
+    return _grads(_PYTHON, id(params) + _ITEMS, len(params))
+
+
+_NO_STATE: dict[str, Any] = {}
+
+
+def momentum_buffers_of(state: Any, params: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of each parameter, None where there is none. Raises where state is not as torch makes it."""
+    if type(state) is not defaultdict:
+        raise TypeError
+    if not state:
+        return (None,) * len(params)
+    if LAYOUT is not None and len(state) == len(params):
+        buffers = _momentum_buffers(_PYTHON, id(params) + _ITEMS, len(params), state)
+        if buffers is not None:
+            return buffers
+    # Some parameters have no state yet, or it is in another order: by their hash, which costs more.
+    states = map(state.get, params, repeat(_NO_STATE))
+    return tuple(map(dict.get, states, repeat("momentum_buffer")))
 
 
 _CPU = torch.device("cpu")

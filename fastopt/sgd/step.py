@@ -12,10 +12,9 @@ step uses, it holds.
 
 import ctypes
 import functools
-from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain, compress, repeat
-from operator import attrgetter, is_, itemgetter
+from itertools import chain, compress
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -27,10 +26,9 @@ from torch.utils._device import DeviceContext
 
 from fastopt.sgd import gather, launch
 from fastopt.sgd.devices import Devices, buffers_of, capturing, gpu_of, places, serves
-from fastopt.sgd.gather import Gather
+from fastopt.sgd.gather import Gather, grads_of, momentum_buffers_of
 from fastopt.sgd.table import NAMES, NEEDS_BUFFER, NO_GRADIENT, READY, TORCH, Groups
 
-_get_grad = attrgetter("grad")
 _get_params = itemgetter("params")
 _get_options = itemgetter(*NAMES)
 # torch.compile, once it was used in a process, has put a wrapper around it.
@@ -148,41 +146,24 @@ class _Plan:
         self.groups = Groups(options)
 
 
-_NO_STATE: dict[str, Any] = {}
-
-
-def _momentum_buffers(state: Any, params: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of each parameter, None where there is none. Raises where state is not as torch makes it."""
-    if type(state) is not defaultdict:
-        raise TypeError
-    if not state:
-        return (None,) * len(params)
-    buffers = tuple(map(dict.get, state.values(), repeat("momentum_buffer")))
-    if len(buffers) == len(params) and all(map(is_, params, state)):
-        return buffers
-    # Some parameters have no state yet, or it is in another order: by their hash, which costs more.
-    states = map(state.get, params, repeat(_NO_STATE))
-    return tuple(map(dict.get, states, repeat("momentum_buffer")))
-
-
 def _whole_step(optimizer: Any, scale: Scale) -> bool:
     """The step, if the kernels take all of it; else nothing, and False."""
     try:
         groups, plan = optimizer.param_groups, optimizer._fastopt_plan
         lists = [*map(_get_params, groups)]
         sizes = [*map(len, lists)]
-        params = tuple(chain.from_iterable(lists))
+        params = tuple(*lists) if len(lists) == 1 else tuple(chain.from_iterable(lists))
         options = tuple(chain.from_iterable(map(_get_options, groups)))
         if plan is None or plan.sizes != sizes or not plan.groups.holds(options):
             plan = optimizer._fastopt_plan = _Plan(sizes, options, params, plan)
         own = getattr(optimizer._init_group, "__func__", None)
         if own is not _init_group and getattr(own, _WRAPPED, None) is not _init_group:
             return False
-        grads = tuple(map(_get_grad, params))
+        grads = grads_of(params)
         buffers: tuple[Any, ...] = ()
         # On a GPU perhaps only the device knows.
         if plan.groups.any_momentum or plan.devices is not None:
-            buffers = _momentum_buffers(optimizer.state, params)
+            buffers = momentum_buffers_of(optimizer.state, params)
     except Exception:  # noqa: BLE001 (torch's step has to raise it, at its time)
         return False
     if len(params) != plan.count or (scale.given and not all(map(_is_fused, groups))):

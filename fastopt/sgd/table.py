@@ -77,6 +77,23 @@ class SgdTable(ctypes.Structure):
     ]
 
 
+PYTHON = (
+    *("PyObject_GetAttr", "PyDict_Next", "PyDict_GetItemWithError", "PyErr_Occurred"),
+    *("PyTuple_New", "PyTuple_SetItem", "Py_IncRef", "Py_DecRef"),
+)
+
+
+class SgdPython(ctypes.Structure):
+    _fields_ = [
+        *((function, ctypes.c_void_p) for function in PYTHON),
+        ("grad", ctypes.c_void_p),
+        ("momentum_buffer", ctypes.c_void_p),
+        ("none", ctypes.c_void_p),
+        ("dict", ctypes.c_void_p),
+        ("type_offset", ctypes.c_int64),
+    ]
+
+
 class SgdLaunch(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_void_p),
@@ -221,4 +238,4 @@ class Launch:
 
 
 def struct_bytes() -> Sequence[int]:
-    return [*map(ctypes.sizeof, (SgdGroup, SgdRow, SgdSpan, SgdTable))]
+    return [*map(ctypes.sizeof, (SgdGroup, SgdRow, SgdSpan, SgdTable, SgdPython))]
