@@ -75,3 +75,29 @@ def test_options_are_packed_as_declared() -> None:
     flags = known.nesterov, known.maximize, known.has_momentum
     assert (*flags, known.served) == (False, True, False, table.FLOAT64_SERVED)
     assert bytes(refused) == bytes(ctypes.sizeof(table.SgdGroup))
+
+
+def test_replaced_options_are_packed_as_new_ones() -> None:
+    first = (0.1, 0.9, 0, 1e-4, False, False, None, None)
+    others = {
+        "lr": [0.2, 0.0, -0.1, 1, 1e39, float("inf"), float("nan"), torch.tensor(0.3), True, "0.1"],
+        "momentum": [0.95, 0.0, 1e39, True],
+        "dampening": [0.5, 1e39],
+        "weight_decay": [0.1, 0.0],
+        "nesterov": [True, "yes"],
+        "maximize": [True],
+    }
+    all_options = [
+        first[:place] + (value,) + first[place + 1 :]
+        for place, name in enumerate(table.NAMES)
+        for value in others.get(name, [])
+    ]
+    for old in (first, *all_options):
+        for new in all_options:
+            for before, after in ((old, new), (first + old, first + new), (old, first + new)):
+                groups = table.Groups(before).replaced(after)
+                right = table.Groups(after)
+                for name in ("packed", "count", "momenta", "any_momentum", "all_momentum"):
+                    assert getattr(groups, name) == getattr(right, name), (name, before, after)
+                assert groups.holds(after) == right.holds(after)
+                assert groups.address == groups.packed.buffer_info()[0]

@@ -133,8 +133,10 @@ class _Plan:
         self.devices: dict[torch.device, list[int]] | None = None
         self.gather: Gather | None = None
         self.group_of: tuple[int, ...]
+        self.groups: Groups
         if last is not None and last.sizes == sizes:
             self.devices, self.group_of, self.gather = last.devices, last.group_of, last.gather
+            self.groups = last.groups.replaced(options)
         else:
             on_gpus = places(params) if launch.family() else {}
             if sum(map(len, on_gpus.values())) == self.count > 0:
@@ -143,7 +145,7 @@ class _Plan:
             self.group_of = tuple(chain.from_iterable(of_each))
             if self.devices is None and gather.LAYOUT is not None:
                 self.gather = Gather(self.count, self.group_of)
-        self.groups = Groups(options)
+            self.groups = Groups(options)
 
 
 def _whole_step(optimizer: Any, scale: Scale) -> bool:

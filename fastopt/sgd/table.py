@@ -8,7 +8,8 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
+from itertools import compress, count
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -135,6 +136,23 @@ class Groups:
             and all(map(is_, options, self.options))
         )
 
+    def replaced(self, options: tuple[Any, ...]) -> "Groups":
+        """Groups(options) for the CPU, in half the time where only numbers have become others, as
+        they do in every step under a scheduler."""
+        if self.options is None or len(self.options) != len(options):
+            return Groups(options)
+        packed = self.packed[:]
+        for i in compress(count(), map(is_not, options, self.options)):
+            group, place = divmod(i, len(NAMES))
+            # What else a group's struct says does not depend on which numbers they are.
+            if place >= len(OPTIONS) or not (_is_usual(options[i]) and _is_usual(self.options[i])):
+                return Groups(options)
+            _VALUE.pack_into(packed, group * _GROUP.size + place * _VALUE.size, options[i])
+        groups = object.__new__(Groups)
+        own = {"packed": packed, "address": packed.buffer_info()[0], "options": options}
+        vars(groups).update(vars(self) | own)
+        return groups
+
     @functools.cached_property
     def structs(self) -> "ctypes.Array[SgdGroup]":
         return (SgdGroup * self.count).from_buffer_copy(self.packed)
@@ -146,6 +164,7 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 _MOMENTUM = OPTIONS.index("momentum")
 _INF = float("inf")
 _GROUP = struct.Struct("=4d8B")  # SgdGroup
+_VALUE = struct.Struct("=d")
 _NOT_SERVED = bytes(_GROUP.size)
 
 
@@ -180,6 +199,10 @@ def _pack(options: tuple[Any, ...], device: torch.device | None, kept: list[Tens
     for place, address in addresses.items():
         struct.pack_into("=Q", words, 8 * place, address)
     return bytes(words)
+
+
+def _is_usual(option: Any) -> bool:
+    return type(option) is float and 0 < abs(option) <= _FLOAT_MAX
 
 
 def _number(option: Any) -> float | None:
