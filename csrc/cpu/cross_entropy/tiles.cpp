@@ -282,7 +282,10 @@ struct Tiles : CrossEntropy<T, TT, kMass, kWeight> {
         const int64_t y = tile.y[i];
         if (y < 0) continue;
         const A true_logit = to_acc(logits[rows(i) + y * p.logits_strides.cls]);
-        tile.dot[i] += true_term(true_logit, tile.max[i], true_mass(y));
+        const A d = true_logit - tile.max[i];
+        // No NaN of an infinite weight's inf * 0; a branch, so that it is a fused multiply-add in
+        // every instantiation: true_term is one where the compiler chooses.
+        if (d != 0) tile.dot[i] += true_mass(y) * d;
         tile.mass[i] = constants.smoothing_mass + true_mass(y);
       }
     }
