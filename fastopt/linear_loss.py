@@ -354,7 +354,8 @@ def _serves(
     options: Any,
 ) -> bool:
     """Whether stock accepts this call and the loop covers it."""
-    tensors = [x for x in (input, linear_weight, target, linear_bias, weight) if x is not None]
+    others = [x for x in (linear_bias, weight) if x is not None]
+    tensors = [input, linear_weight, target, *others]
     if not all(type(x) in _TENSOR_TYPES for x in tensors):
         return False
     if has_torch_function_variadic(*tensors) and not loss._only_a_default_device(None):

@@ -88,7 +88,9 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[E] | None, type[E] | None]] = {
     "weight-wants-a-gradient": ({"weight": torch.ones(C).requires_grad_()}, RuntimeError, None),
     # not tensors
     "target-list": ({"target": [0, 1, 2, 3, 4, 5]}, None, None),
+    "target-none": ({"target": None}, None, None),
     "input-none": ({"input": None}, None, None),
+    "linear-weight-none": ({"linear_weight": None}, None, None),
 }
 
 

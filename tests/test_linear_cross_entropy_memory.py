@@ -67,9 +67,11 @@ def measure(shape, dtype="float32", ignored=0.0, frozen=(), factor=1.0, **option
 
 torch.set_num_threads(2)
 loop.ROWS = 128
+calls = json.loads(sys.argv[1])
+# Threads, autograd, code pages and what BLAS keeps for products of this size come before.
 for options in ({}, {"reduction": "none"}, {"dtype": "bfloat16"}, {"ignored": 0.5}):
-    measure((512, 32, 4096), **options)
-print(json.dumps({name: measure(**call) for name, call in json.loads(sys.argv[1]).items()}))
+    measure(calls["mean"]["shape"], **options)
+print(json.dumps({name: measure(**call) for name, call in calls.items()}))
 """
 
 ROWS, FEATURES, CLASSES = SHAPE = (
@@ -105,7 +107,7 @@ def peaks() -> dict[str, tuple[int, int, int]]:
 @pytest.mark.xdist_group("linear peaks")
 def test_peak_memory_is_that_of_a_chunk(call: str, peaks: dict[str, tuple[int, int, int]]) -> None:
     evaluation, training, results = peaks[call]
-    beside = PEAK_CALLS[call][1] + 1.5 * MEGABYTE
+    beside = PEAK_CALLS[call][1] + 2 * MEGABYTE
     assert evaluation <= CHUNK + beside, f"{evaluation / MEGABYTE:.2f} MB"
     beyond = training - results
     assert beyond <= BUFFERS * CHUNK + beside, f"{beyond / MEGABYTE:.2f} MB beyond the gradients"
