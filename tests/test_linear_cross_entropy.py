@@ -288,15 +288,15 @@ needs_options = pytest.mark.skipif(
 
 def rows_used(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[int]:
     """The rows of every chunk."""
-    op, seen = loop.ops.cross_entropy_forward_backward, []
+    op, seen = loop.ops.cross_entropy_forward_backward_out, []
 
     def recorded(logits: Tensor, *others: Any) -> Any:
         seen.append(len(logits))
         return op(logits, *others)
 
-    monkeypatch.setattr(loop.ops, "cross_entropy_forward_backward", recorded)
+    monkeypatch.setattr(loop.ops, "cross_entropy_forward_backward_out", recorded)
     run()
-    monkeypatch.setattr(loop.ops, "cross_entropy_forward_backward", op)
+    monkeypatch.setattr(loop.ops, "cross_entropy_forward_backward_out", op)
     return seen
 
 
