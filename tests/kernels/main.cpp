@@ -189,7 +189,7 @@ class CrossEntropyCase {
     p.ignore_index = -100;
     p.keep = 1 - c.smoothing;
     p.uniform = c.smoothing / static_cast<double>(c.classes);
-    p.constants = {0.75, c.smoothing};
+    p.constants = {0.75, c.smoothing, 0.0};
     if (c.weighted) {
       p.constants.smoothing_mass = 0;
       for (int64_t k = 0; k < c.classes; ++k) {
