@@ -1,5 +1,6 @@
 """fastopt/sgd/quiet.py leaves out what torch puts around a step only while nobody would see it."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import profiler
+from torch.optim import optimizer as of_torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -54,6 +56,7 @@ def test_the_range_is_there_for_all_who_look_on(
             super().__init__(name, args)
 
     monkeypatch.setattr(profiler, "record_function", Range)
+    monkeypatch.setattr(quiet, "_range", Range)  # as if it were torch's
     optimizer = fastopt.SGD(some_params(), **DAMPED)
     set_grads(all_params(optimizer), seed=1)
     with ExitStack() as stack:
@@ -96,6 +99,24 @@ def test_one_more_listener_of_torchs_is_asked_for(monkeypatch: pytest.MonkeyPatc
 def test_without_torchs_answer_somebody_may_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = fastopt.SGD(some_params())
     monkeypatch.setattr(quiet, "_has_listeners", None)
+    assert not quiet._is_quiet(optimizer)
+
+
+def test_what_others_put_in_the_place_of_torchs_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = fastopt.SGD(some_params(), **DAMPED)
+    set_grads(all_params(optimizer), seed=1)
+    seen: list[str] = []
+    monkeypatch.setattr(of_torch, "_global_optimizer_post_hooks", OrderedDict())
+    of_torch.register_optimizer_step_post_hook(lambda *_: seen.append("post"))
+    optimizer.step()
+    monkeypatch.setattr(of_torch, "_global_optimizer_pre_hooks", OrderedDict())
+    of_torch.register_optimizer_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.step()
+    assert seen == ["post", "pre", "post"]
+    assert not quiet._is_quiet(optimizer)
+    monkeypatch.setattr(of_torch, "_global_optimizer_pre_hooks", OrderedDict())
+    assert quiet._is_quiet(optimizer)
+    monkeypatch.setattr(Optimizer, "profile_hook_step", staticmethod(lambda step: step))
     assert not quiet._is_quiet(optimizer)
 
 

@@ -3,7 +3,7 @@ threads and Python that interfere with a step, what torch's step gives: no crash
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastopt
 from child import HANGS_AFTER_S, run_python
+from fastopt.sgd import gather
 from sgd_oracle import (
     DAMPED,
     DTYPES,
@@ -334,3 +335,66 @@ def test_python_around_a_step_may_free_everything(where: str) -> None:
         return train(optimizer, steps=1)
 
     assert_same_history(run(fastopt.SGD), run(for_loop))
+
+
+class _Cuts(dict[str, Any]):
+    """A group, reading whose lr does to the optimizer what another thread might do at that moment."""
+
+    cut: Callable[[], object] | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "lr" and self.cut is not None:
+            self.cut()
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("what", ["groups", "params"])
+def test_what_is_edited_between_two_reads_is_read_once(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No kernel looks for the options, or the tensors, of more parameters than it was given."""
+    params = [torch.ones(4) for _ in range(7)]
+    optimizer = fastopt.SGD([{"params": [param]} for param in params], lr=0.1)
+    group = _Cuts(optimizer.param_groups[0])
+    optimizer.param_groups[0] = group
+    optimizer.step()
+    for param in params:
+        param.grad = torch.ones(4)
+    if what == "groups":
+        group.cut = lambda: optimizer.param_groups.__delitem__(slice(1, None))
+    else:
+        group.cut = lambda: optimizer.param_groups[3]["params"].clear()
+    counts: list[tuple[int, ...]] = []
+    step = gather.Gather.step
+
+    def counted(self: gather.Gather, groups: Any, own: Any, grads: Any, *others: Any) -> int:
+        counts.append((self.table.count, len(own), len(grads), groups.count))
+        return step(self, groups, own, grads, *others)
+
+    monkeypatch.setattr(gather.Gather, "step", counted)
+    optimizer.step()
+    assert counts == [(7, 7, 7, 7)]
+    assert all(torch.equal(param, torch.full((4,), 0.9)) for param in params)
+
+
+def test_a_table_takes_no_other_number_of_tensors() -> None:
+    """_init_group is anybody's, and may let go of parameters in the middle of a step."""
+
+    class Keeps(fastopt.SGD):
+        def _init_group(self, group: Any, params: Any, grads: Any, buffers: Any) -> Any:
+            self.seen = params
+            return super()._init_group(group, params, grads, buffers)
+
+    class Drops(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore
+            if "add_" in str(function) and len(optimizer.seen) == 3:
+                optimizer.seen.pop()
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    params = [torch.ones(3).as_subclass(Drops), torch.ones(3), torch.ones(3)]
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer = Keeps(params, lr=0.1, foreach=False)
+    optimizer.step()
+    assert [round(param[0].item(), 6) for param in params] == [0.9, 0.9, 1.0]

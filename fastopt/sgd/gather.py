@@ -102,11 +102,13 @@ def find_layout(word: Callable[[int], int | None] = _read_word) -> Layout | None
 
 def _library_knows_the_structs() -> bool:
     """False for a library that other sources were built into, as after an update without a build."""
-    sizes = getattr(ctypes.CDLL(str(backends.CPU_LIBRARY)), "fastopt_sgd_struct_bytes", None)
+    library = ctypes.CDLL(str(backends.CPU_LIBRARY))
+    sizes = getattr(library, "fastopt_sgd_struct_bytes", None)
     ours = struct_bytes()
     if sizes is not None:
         sizes.restype = ctypes.POINTER(ctypes.c_int64)
-    return sizes is not None and sizes()[: len(ours)] == ours
+    known = hasattr(library, "fastopt_sgd_grads")  # else there are fewer sizes, too
+    return sizes is not None and known and sizes()[: len(ours)] == ours
 
 
 OTHER_SOURCES = backends.CPU_LIBRARY is not None and not _library_knows_the_structs()
@@ -216,8 +218,15 @@ class Gather:
         )
         self.address = ctypes.addressof(self.table)
 
+    def fits(
+        self, params: tuple[Any, ...], grads: tuple[Any, ...], buffers: tuple[Any, ...]
+    ) -> bool:
+        """Whether there are as many as the kernels will read."""
+        count = self.table.count
+        return len(params) == len(grads) == count and len(buffers) in (0, count)
+
     # In all three: `grads` are None where there is none, and `buffers` is () where no group has
-    # momentum.
+    # momentum. They have to fit.
 
     def read(
         self,

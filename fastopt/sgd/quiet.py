@@ -12,31 +12,31 @@ from typing import Any
 
 import torch
 from torch.autograd import profiler
-from torch.optim.optimizer import (
-    Optimizer,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-    _use_grad_for_differentiable,
-)
+from torch.optim import optimizer as of_torch
+from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from fastopt.sgd import step as _step
 
-# at::hasCallbacks(): whether anybody, in whatever thread, listens to ranges. None where torch does not
-# export it: somebody might.
-_has_listeners: Any = getattr(ctypes.PyDLL(torch._C.__file__), "_ZN2at12hasCallbacksEv", None)
-if _has_listeners is not None:
-    _has_listeners.restype = ctypes.c_bool
+# What torch looks up in each step: somebody may have put another in its place.
+_range, _around_step = profiler.record_function, Optimizer.profile_hook_step
 
-# Some versions of torch tell a range to one more listener, whom a variable of theirs holds; 2.13
-# has a module for it, imported by whoever wants to listen.
+
+def _find_listeners() -> tuple[Any, set[str]]:
+    """at::hasCallbacks(): whether anybody, in whatever thread, listens to ranges. And the names of more
+    listeners that a range asks for, in some versions of torch."""
+    has_listeners = ctypes.PyDLL(torch._C.__file__)._ZN2at12hasCallbacksEv
+    has_listeners.restype = ctypes.c_bool
+    asked = (_range.__enter__.__code__.co_names, _range.__exit__.__code__.co_names)
+    return has_listeners, set(chain(*asked)) & vars(profiler).keys()
+
+
+# 2.13 has a module for one of them, imported by whoever wants to listen.
 _CUPTI = "torch.profiler._cupti_monitor"
-_range = profiler.record_function
-_more_listeners = {
-    name
-    for function in (_range.__enter__, _range.__exit__)
-    for name in function.__code__.co_names
-    if name in vars(profiler)
-} - {"torch", "_maybe_cupti_monitor"}
+try:
+    _has_listeners, _more_listeners = _find_listeners()
+    _more_listeners -= {"torch", "_maybe_cupti_monitor"}
+except (AttributeError, OSError):  # torch does not export it, or its range is not its own
+    _has_listeners, _more_listeners = None, set()
 
 
 def _is_quiet(optimizer: Any) -> bool:
@@ -45,7 +45,9 @@ def _is_quiet(optimizer: Any) -> bool:
         not torch.compiler.is_compiling()
         and _has_listeners is not None
         and not _has_listeners()
-        and not _global_optimizer_pre_hooks
+        and profiler.record_function is _range
+        and Optimizer.profile_hook_step is _around_step
+        and not of_torch._global_optimizer_pre_hooks
         and not optimizer._optimizer_step_pre_hooks
         and _step.is_plain_call()
         and all(vars(profiler)[name] is None for name in _more_listeners)
@@ -66,7 +68,8 @@ def profile_hook_step(function: Callable[..., Any]) -> Callable[..., Any]:
         optimizer._optimizer_step_code()
         # The closure may have registered one.
         for hook in chain(
-            optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()
+            optimizer._optimizer_step_post_hooks.values(),
+            of_torch._global_optimizer_post_hooks.values(),
         ):
             hook(optimizer, args, kwargs)
         return out

@@ -151,8 +151,10 @@ class _Plan:
 def _whole_step(optimizer: Any, scale: Scale) -> bool:
     """The step, if the kernels take all of it; else nothing, and False."""
     try:
-        groups, plan = optimizer.param_groups, optimizer._fastopt_plan
-        lists = [*map(_get_params, groups)]
+        # Of all that another thread may edit meanwhile one copy, from which all that follows is taken:
+        # sizes, parameters and options have to fit each other, as no kernel asks again.
+        groups, plan = tuple(optimizer.param_groups), optimizer._fastopt_plan
+        lists = [*map(list.copy, map(_get_params, groups))]
         sizes = [*map(len, lists)]
         params = tuple(*lists) if len(lists) == 1 else tuple(chain.from_iterable(lists))
         options = tuple(chain.from_iterable(map(_get_options, groups)))
@@ -311,7 +313,7 @@ class _Run:
             return begin + 1
         end, verdict = len(self.params), TORCH
         tensors = tuple(self.params), tuple(self.grads), tuple(self.buffers)
-        if self.table is not None:
+        if self.table is not None and self.table.fits(*tensors):
             inv_scale, first_step = self.scale.address, bytes(self.first_step)
             end, verdict = self.table.run(begin, self.groups, tensors, inv_scale, first_step)
         if verdict == NEEDS_BUFFER:  # the kernel fills them

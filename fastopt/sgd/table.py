@@ -151,6 +151,7 @@ class Groups:
         groups = object.__new__(Groups)
         own = {"packed": packed, "address": packed.buffer_info()[0], "options": options}
         vars(groups).update(vars(self) | own)
+        vars(groups).pop("structs", None)
         return groups
 
     @functools.cached_property
