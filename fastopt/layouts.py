@@ -33,6 +33,8 @@ def has_no_overlap(x: Tensor, dense: bool = False) -> bool:
     covers one run of memory.
     """
     step = 1
+    if x.numel() == 0:
+        return True
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size != 1:
             if stride != step if dense else stride < step:
@@ -70,6 +72,17 @@ def empty_gradient(like: Tensor) -> Tensor:
     if grad.stride() == like.stride() and _positions_are_even(like):
         return grad
     return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def gradient_strides(like: Tensor) -> tuple[int, ...]:
+    """Those of empty_gradient(like)."""
+    if is_dense(like) and _positions_are_even(like):
+        return like.stride()
+    strides, step = [], 1
+    for size in reversed(like.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def _positions_are_even(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ raises stock's own exception. Only labels out of range are ours to refuse.
 """
 
 import math
+import numbers
 from operator import eq
 from typing import Any
 
@@ -152,6 +153,7 @@ def cross_entropy(
         label_smoothing: in [0, 1], the share of the target spread evenly over all classes.
         lse_square_scale: z-loss: any number; every row that is not ignored has lse_square_scale *
             logsumexp(input)**2 more, whatever its weight. Not for torch.jit.script, which refuses it.
+            The logits are kept for backward then, and may not be changed in place before.
 
     Returns:
         The loss, 0-dim, or shaped like the class indices for reduction "none"; in the logits'
@@ -167,8 +169,10 @@ def cross_entropy(
     are ignored get gradient 0 even where their logits are NaN; the gradient has the strides of the
     logits where those are dense (channels_last, say), stock's is always contiguous. On CPU the memory of
     a gradient of 32 MB or more that goes on to another node of the graph serves the next one, too
-    (fastopt.empty_cache() gives it back): Tensor.resize_ cannot enlarge it.
+    (fastopt.empty_cache() gives it back): its storage cannot be resized.
     """
+    if type(lse_square_scale) is not float:
+        lse_square_scale = _real(lse_square_scale)
     if (
         _STOCK_IS_KNOWN
         and not torch.compiler.is_compiling()
@@ -185,9 +189,7 @@ def cross_entropy(
         return torch._C._nn.cross_entropy_loss(
             input, target, weight, enum, ignore_index, label_smoothing
         )
-    served = type(lse_square_scale) in (float, int) and _serves(
-        input, target, weight, ignore_index, reduction, label_smoothing
-    )
+    served = _serves(input, target, weight, ignore_index, reduction, label_smoothing)
     if not served:  # with z-loss, too, stock says what is wrong
         loss = _by_torch(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -204,6 +206,12 @@ def cross_entropy(
     if not served:
         return reference.cross_entropy(input, target, weight, Options(*options))
     return _cross_entropy(input, target, weight, options)
+
+
+def _real(lse_square_scale: Any) -> float:
+    if not isinstance(lse_square_scale, numbers.Real):
+        raise TypeError(f"lse_square_scale must be a real number, got {lse_square_scale!r}")
+    return float(lse_square_scale)
 
 
 def _by_torch(*call: Any) -> Tensor:  # reports.py replaces this, as it does _cross_entropy
@@ -377,7 +385,7 @@ def _largest_mass(
         largest_row = sums.amax().clamp(min=1)  # smoothing adds up to 1
         largest = largest_row if largest is None else largest * largest_row
     if scale := Options(*options).lse_square_scale:  # of 2 |lse|, which is below 2^17
-        room = logits.new_full((), abs(scale) * 2**17, dtype=torch.float32)
+        room = logits.new_full((), min(abs(scale) * 2**17, 3e38), dtype=torch.float32)
         largest = room + (1 if largest is None else largest)
     return largest
 
@@ -386,20 +394,21 @@ def _kept_memory(logits: Tensor) -> Tensor | None:
     """Memory for a large gradient that an earlier one has left (memory.py). Not where its owner may
     want to enlarge it: the next node of the graph never does.
     """
-    if not memory.AVAILABLE or logits.numel() * logits.element_size() < memory.MIN_BYTES:
-        if memory.POOL.blocks:
-            memory.POOL.age()
+    if torch.compiler.is_compiling():  # its sizes may not be asked
         return None
     if (
-        not logits.is_cpu
+        not memory.AVAILABLE
+        or logits.numel() * logits.element_size() < memory.MIN_BYTES
+        or not logits.is_cpu
         or not _is_plain(logits)
         or logits.is_leaf
         or logits.retains_grad
         or logits._backward_hooks
     ):
+        if memory.POOL.blocks:
+            memory.POOL.age()
         return None
-    meta = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
-    return memory.empty_like(layouts.empty_gradient(meta))
+    return memory.empty(logits.shape, layouts.gradient_strides(logits), logits.dtype)
 
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd

@@ -3,12 +3,12 @@
 glibc gives a large tensor's memory back to the system when the tensor dies, and the next one's pages
 are made and zeroed anew: that takes longer than the arithmetic. These blocks are kept instead, and
 offered to the system (MADV_FREE): it takes their pages where memory is short, without asking, and
-until then the next gradient finds them as they were left. They are lent out as the storage of a
-tensor, and come back when that dies, wherever that is.
+until then the next gradient finds them as they were left (and a process is said to hold them). They
+are lent out as the storage of a tensor, and come back when that dies, wherever that is.
 
-Kept is at most what the last calls had in use at once, and nothing after WINDOW calls that wanted none
-of it. Such a storage cannot grow (Tensor.resize_ to more elements raises); everything else is as with
-torch's own memory.
+Kept is at most what the last calls that our kernels served had in use at once, and nothing after WINDOW
+of them that wanted none of it. Such a storage cannot be resized; everything else is as with torch's own
+memory.
 """
 
 import mmap
@@ -17,7 +17,6 @@ import threading
 import weakref
 
 import torch
-from torch import Tensor
 
 WINDOW = 8  # calls
 # Below, glibc keeps freed memory itself (its largest threshold for mmap).
@@ -31,8 +30,13 @@ class _Block:
     def __init__(self, size: int) -> None:
         self.size = size
         self.lent = 0  # bytes
+        self.kept = True  # once it comes back
         self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            self._memory.madvise(mmap.MADV_FREE)
+        except OSError:  # an old kernel, or locked memory: nothing could be offered to the system
+            self.kept = False
         self._lease: weakref.ref[memoryview] | None = None
 
     def lend(self, size: int) -> torch.UntypedStorage:
@@ -44,69 +48,93 @@ class _Block:
 
     def _take_back(self, _: object) -> None:
         self._lease = None  # which holds this method, and so the block
-        self._memory.madvise(mmap.MADV_FREE)
+        try:
+            self._memory.madvise(mmap.MADV_FREE)
+        except OSError:  # locked since
+            self.kept = False
         self.lent = 0  # last: from here on another thread may lend it
 
 
 class _Pool:
     def __init__(self) -> None:
         self.blocks: list[_Block] = []
+        # Never waited for: a signal's handler may call the loss in the middle of this.
         self._lock = threading.Lock()
         self._calls = 0
         self._most = 0  # bytes that were in use at once, of the last calls
 
-    def storage(self, size: int) -> torch.UntypedStorage:
+    def storage(self, size: int) -> torch.UntypedStorage | None:
+        """None where the memory is better torch's own."""
         self.age()
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
             free = sorted((b for b in self.blocks if not b.lent), key=lambda block: block.size)
             block = next((block for block in free if block.size >= size), None)
             if block is None:
                 if free:  # too small: a larger one takes its place
                     self.blocks.remove(free[-1])
                 block = _Block(size)
+                if not block.kept:
+                    return None
                 self.blocks.append(block)
             storage = block.lend(size)
             self._most = max(self._most, sum(block.lent for block in self.blocks))
             return storage
+        except OSError:  # no room: torch, which asks for less at once, may fare better
+            self._keep(0)
+            return None
+        finally:
+            self._lock.release()
 
     def age(self) -> None:
         """Counts a call; after WINDOW of them, nothing is kept that they did not have in use."""
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             self._calls += 1
-            if self._calls < WINDOW:
-                return
-            self._keep(self._most)
-            self._calls, self._most = 0, sum(block.lent for block in self.blocks)
+            if self._calls >= WINDOW:
+                self._keep(self._most)
+                self._calls, self._most = 0, sum(block.lent for block in self.blocks)
+        finally:
+            self._lock.release()
 
     def _keep(self, size: int) -> None:
         kept = sum(block.size for block in self.blocks)
         for block in sorted(self.blocks, key=lambda block: block.size, reverse=True):
-            if kept > size and not block.lent:
+            if not block.lent and (kept > size or not block.kept):
                 self.blocks.remove(block)
                 kept -= block.size
 
     def empty(self) -> None:
-        with self._lock:
-            self._keep(0)
+        if self._lock.acquire(timeout=1):
+            try:
+                self._keep(0)
+            finally:
+                self._lock.release()
 
     def forget_lock(self) -> None:
         self._lock = threading.Lock()
 
 
 POOL = _Pool()
-if AVAILABLE:  # another thread may have held the lock while this one forked
-    os.register_at_fork(after_in_child=POOL.forget_lock)
+if hasattr(os, "register_at_fork"):
+    # A child would keep what its parent has to copy. And another thread may hold the lock.
+    os.register_at_fork(before=POOL.empty, after_in_child=POOL.forget_lock)
 
 
-def empty_like(x: Tensor) -> Tensor | None:
-    """Uninitialised, with the shape, strides and dtype of x, in memory that was in use before. None
-    where the system refuses: torch, which asks for less at once, may fare better."""
-    try:
-        storage = POOL.storage(x.numel() * x.element_size())
-    except OSError:
-        POOL.empty()
+def empty(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Uninitialised, one element after the other in the order of the strides, in memory that was in use
+    before; None where torch's own is better."""
+    size = dtype.itemsize
+    for count in shape:
+        size *= count
+    storage = POOL.storage(size)
+    if storage is None:
         return None
-    return torch.empty(0, dtype=x.dtype, device="cpu").set_(storage, 0, x.shape, x.stride())
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
 
 
 def empty_cache() -> None:

@@ -126,6 +126,7 @@ inline bool has_no_overlap(const std::vector<int64_t>& sizes, const std::vector<
   std::sort(order.begin(), order.end(),
             [&](size_t a, size_t b) { return strides[a] < strides[b]; });
   int64_t expected = 1;
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
   for (const size_t i : order) {
     if (dense ? strides[i] != expected : strides[i] < expected) return false;
     expected = strides[i] * sizes[i];
@@ -139,6 +140,21 @@ inline bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_
 
 inline std::vector<int64_t> strides_of(const Tensor& t) {
   return std::vector<int64_t>(t.strides().begin(), t.strides().end());
+}
+
+// Whether two tensors, each from its first element to its last, have bytes in common.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const auto extent = [](const Tensor& t) {
+    int64_t elements = t.numel() == 0 ? 0 : 1;
+    for (int64_t i = 0; elements > 0 && i < t.dim(); ++i) elements += (t.size(i) - 1) * t.stride(i);
+    const ScalarType type = t.scalar_type();
+    const int64_t each = type == ScalarType::Long ? 8 : bytes_of(element_of(type));
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    return std::pair<uintptr_t, uintptr_t>(begin, begin + elements * each);
+  };
+  const auto [a_begin, a_end] = extent(a);
+  const auto [b_begin, b_end] = extent(b);
+  return a_begin < b_end && b_begin < a_end;
 }
 
 // The strides of `like` where it is dense, else contiguous, as torch's empty_like has it.
@@ -376,6 +392,11 @@ struct CrossEntropyLosses {
           "grad_logits must have the shape and the type of logits");
     check(has_no_overlap(sizes_of(grad_logits), strides_of(grad_logits)),
           "grad_logits must have memory of its own for every element");
+    const bool in_place = grad_logits.const_data_ptr() == logits.const_data_ptr() &&
+                          strides_of(grad_logits) == strides_of(logits);
+    check((in_place || !overlap(grad_logits, logits)) && !overlap(grad_logits, target) &&
+              !(options.weight && overlap(grad_logits, *options.weight)),
+          "grad_logits must be the logits, or share no memory with what is read");
     return with_gradient(call, options, largest_mass, grad_logits);
   }
 

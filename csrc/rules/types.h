@@ -26,6 +26,17 @@ struct Half {
 // The storage types by name, where a plain struct carries one.
 enum class Element : int32_t { float32, float64, bfloat16, float16 };
 
+inline int64_t bytes_of(Element element) {
+  switch (element) {
+    case Element::float32:
+      return 4;
+    case Element::float64:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
 template <class T>
 struct Type {
   using type = T;

@@ -15,13 +15,14 @@ struct Rows : ContiguousRow<T, TT, kMass, kWeight> {
   using typename Base::Stats;
 
   // The cache for one row: `memory` where it has room, else, in full precision, the row's own
-  // gradient; half precision rows that long compute their exponentials twice.
+  // gradient. Half precision rows that long compute their exponentials twice, and so do those whose
+  // gradient takes their logits' memory, which is read until the row has ended.
   Cache cache_at(void* memory, int64_t r) const {
     if (p.grad == nullptr) return {nullptr, nullptr};
     A* const bases = static_cast<A*>(memory);
     if (p.caches_exps) return {bases + (p.classes + kChunk - 1) / kChunk, bases};
     if constexpr (sizeof(T) == sizeof(A)) {
-      return {static_cast<A*>(p.grad) + offset(p.grad_strides, r), bases};
+      if (p.grad != p.logits) return {static_cast<A*>(p.grad) + offset(p.grad_strides, r), bases};
     }
     return {nullptr, nullptr};
   }

@@ -12,17 +12,6 @@
 
 namespace fastopt::gpu {
 
-inline int64_t bytes_of(Element element) {
-  switch (element) {
-    case Element::float32:
-      return 4;
-    case Element::float64:
-      return 8;
-    default:
-      return 2;
-  }
-}
-
 // Whether positions 2i and 2i + 1 of every class are one aligned access.
 inline bool pairs_up(const void* data, int64_t element_bytes, const Strides& strides) {
   return strides.position == 1 && strides.cls % 2 == 0 && strides.batch % 2 == 0 &&
