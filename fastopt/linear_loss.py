@@ -295,7 +295,11 @@ def _composes(
         same(shape[1:], head[1:])
         and (linear_bias is None or same(linear_bias.shape, head[:1]))
         and (ignore_index is None or target.dim() == 1)
-        and not has_torch_function_variadic(input, linear_weight, target, linear_bias, weight)
+        and (
+            not has_torch_function_variadic(input, linear_weight, target, linear_bias, weight)
+            or (linear_bias is None or type(linear_bias) in _TENSOR_TYPES)
+            and loss._only_a_default_device(weight)
+        )
     )
 
 
@@ -439,7 +443,7 @@ def _rows(options: Any) -> int:
     if options is None:
         return 0
     if options.batch_chunk_size is not None:
-        return options.batch_chunk_size
+        return min(options.batch_chunk_size, _WHOLE)
     if options.chunking_method is None:
         return _WHOLE
     if options.chunking_method == "auto":
@@ -509,7 +513,22 @@ class _LinearLoss(torch.autograd.Function):
             result, *grads = ops.linear_cross_entropy(*call, None, *options, *plan, *wants)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*grads)
-        ctx.save_for_backward(*call, *(grads if any(wants) else ()))
+        # As torch's graph: the weight for the input's gradient, the input for the weight's, unless they
+        # were converted. What it would not hold may change, or be an inference tensor; of ours only a
+        # gradient that is to be differentiated again needs it, and asks whether it changed.
+        trains, recomputes = ctx.needs_input_grad, options.reduction == NONE
+        holds = (
+            trains[1] and input.dtype is dtype,
+            trains[0] and linear_weight.dtype is dtype,
+            False,
+        )
+        held = [x if h or recomputes else None for x, h in zip(call, holds, strict=False)]
+        ctx.save_for_backward(*held, target, weight, *(grads if any(wants) else ()))
+        ctx.others = [
+            None if x is None or h is not None else (x, _version(x))
+            for x, h in zip(call, held, strict=False)
+        ]
+        ctx.dtypes = [None if x is None else x.dtype for x in call[:3]]
         ctx.options, ctx.plan = options, plan
         return result, *grads
 
@@ -519,9 +538,9 @@ class _LinearLoss(torch.autograd.Function):
             return (None,) * 9
         input, linear_weight, linear_bias, target, weight, *grads = ctx.saved_tensors
         parameters, wants = (input, linear_weight, linear_bias), ctx.needs_input_grad[:3]
-        dtypes: list[Any] = [None if x is None else x.dtype for x in parameters]
-        options = ctx.options
+        dtypes, options = ctx.dtypes, ctx.options
         if torch.is_grad_enabled():
+            parameters = tuple(map(_unchanged, parameters, ctx.others))
             grads = _differentiable(
                 parameters, wants, target, weight, options, ctx.plan[0], grad_loss
             )
@@ -550,6 +569,20 @@ class _LinearLoss(torch.autograd.Function):
                 else:
                     result[i] = ops.linear_cross_entropy_times(*scale)
         return *result, *(None,) * 6
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version  # which has none, nor can be changed in place
+
+
+def _unchanged(held: Tensor | None, other: tuple[Tensor, int | None] | None) -> Any:
+    if other is None:
+        return held
+    if _version(other[0]) != other[1]:
+        raise RuntimeError(
+            "what this gradient was computed from has been modified by an inplace operation since"
+        )
+    return other[0]
 
 
 def _times(

@@ -139,6 +139,7 @@ class _Patch:
     """A function whose code is ours now."""
 
     def __init__(self, of: _Function, function: FunctionType) -> None:
+        rules = _dynamo_rules()  # first: it may fail, and be interrupted
         self.function, self.place, self.code = function, of.stock, function.__code__
         self.held = getattr(*of.stock)
         stock = _copy(function)
@@ -147,7 +148,7 @@ class _Patch:
         setattr(*of.stock, stock)
         function.__code__ = of.code
         # Dynamo puts torch's functions into a graph as they are, unless it does not know them.
-        self.rule = _dynamo_rules().pop(function, None)
+        self.rule = rules.pop(function, None)
 
     def undo(self) -> None:
         self.function.__code__ = self.code
@@ -168,6 +169,9 @@ def _copy(function: FunctionType) -> FunctionType:
 
 def _dynamo_rules() -> dict[Any, Any]:
     # The first step of any of torch's optimizers imports Dynamo.
+    # The package before its module, as everybody else does: another thread may be importing it, and
+    # locks in another order would leave both without.
+    importlib.import_module("torch._dynamo")
     trace_rules = importlib.import_module("torch._dynamo.trace_rules")
     rules: dict[Any, Any] = getattr(trace_rules, "get_torch_obj_rule_map", dict)()
     return rules
@@ -219,8 +223,9 @@ def patched(*what: str, quiet: bool = False) -> Iterator[None]:
     with _lock:
         for name in names:
             _inside[name] += 1
-        _settle(quiet)
     try:
+        with _lock:
+            _settle(quiet)
         yield
     finally:
         with _lock:
@@ -251,7 +256,7 @@ def _settle(quiet: bool) -> None:
         elif not wanted and of in _patches:
             _patches.pop(of).undo()
     if (news or left) and not quiet and os.environ.get("FASTOPT_QUIET") != "1":
-        print(_said(news, left), file=sys.stderr, flush=True)
+        say(_said(news, left))
 
 
 def _find(of: _Function) -> FunctionType | str:
@@ -273,6 +278,13 @@ def _find(of: _Function) -> FunctionType | str:
     ):
         return f"{where} (it is {getattr(function, '__module__', 'somebody')}'s)"
     return function
+
+
+def say(what: object) -> None:
+    """On standard error, where there is one: not on standard output in its place."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # it may be closed
+            print(what, file=sys.stderr, flush=True)
 
 
 def _said(news: list[_Function], left: list[str]) -> str:

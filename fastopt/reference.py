@@ -154,19 +154,21 @@ def linear_cross_entropy(
         target = target.to(exact)
     else:  # what is ignored is multiplied by nothing, and may be NaN
         x = torch.where((target == options.ignore_index).unsqueeze(1), 0, x)
-    logits = torch.nn.functional.linear(x, w, b)
+    with torch.autocast(input.device.type, enabled=False):
+        logits = torch.nn.functional.linear(x, w, b)
     loss, grad, _ = cross_entropy_forward_backward(logits, target, weight, options)
     if grad_loss is not None:
         upstream = grad_loss.to(exact)
         if not target.is_floating_point():
             upstream = torch.where(target == options.ignore_index, 0, upstream)
         grad = grad * (upstream + (upstream - upstream)).unsqueeze(1)
-    return (
-        loss,
-        grad @ w if wants_input else w.new_empty(0),
-        (grad.t() @ x if wants_weight else w.new_empty(0)).to(accumulate),
-        grad.sum(0) if wants_bias else w.new_empty(0),
-    )
+    with torch.autocast(input.device.type, enabled=False):
+        return (
+            loss,
+            grad @ w if wants_input else w.new_empty(0),
+            (grad.t() @ x if wants_weight else w.new_empty(0)).to(accumulate),
+            grad.sum(0) if wants_bias else w.new_empty(0),
+        )
 
 
 def half_gradient_scale(largest: Tensor) -> Tensor:

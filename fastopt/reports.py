@@ -209,7 +209,7 @@ def _unserved(*call: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return theirs(*call)
     logits, target, weight, _, ignore_index, _, reduction, label_smoothing = call
-    otherwise = "lse_square_scale is neither a float nor an int"
+    otherwise = "of a kind that nobody has met"
     question = logits, target, weight, ignore_index, reduction, label_smoothing
     why = _why(otherwise, reasons.of_loss, *question)
     with _timed("cross_entropy", _described(logits), why):
@@ -285,8 +285,10 @@ def _compare(op: str, what: str, compare: Callable[[], dict[str, Any]]) -> None:
             each.to_compare[op] -= 1
     if takers:
         _of_this_thread.compares = True
-        note = {"op": op, "what": what, "where": _where(), **compare()}
-        _of_this_thread.compares = False
+        try:
+            note = {"op": op, "what": what, "where": _where(), **compare()}
+        finally:
+            _of_this_thread.compares = False
         for each in takers:
             each.notes.append(note)
 

@@ -69,7 +69,7 @@ def _patch_child() -> _PatchesToo:
 
 
 def _refuse(message: str) -> None:
-    print(f"fastopt: {message}", file=sys.stderr)
+    patching.say(f"fastopt: {message}")
     sys.exit(2)
 
 
@@ -96,11 +96,11 @@ def _report(file: str, compare: int) -> None:
         try:
             if file:
                 report.save(file)
-                print(f"fastopt: the report is in {file}", file=sys.stderr)
+                patching.say(f"fastopt: the report is in {file}")
                 return
         except OSError as error:
-            print(f"fastopt: the report cannot be written: {error}", file=sys.stderr)
-        print(report, file=sys.stderr)
+            patching.say(f"fastopt: the report cannot be written: {error}")
+        patching.say(report)
 
     atexit.register(finish)
 
@@ -111,7 +111,7 @@ def _absolute(path: str) -> str:
 
 def _cannot_open(path: str, error: OSError) -> None:
     reason = f"[Errno {error.errno}] {error.strerror}"
-    print(f"{sys.orig_argv[0]}: can't open file {path!r}: {reason}", file=sys.stderr)
+    patching.say(f"{sys.orig_argv[0]}: can't open file {path!r}: {reason}")
     sys.exit(2)
 
 

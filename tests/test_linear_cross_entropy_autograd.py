@@ -419,3 +419,44 @@ def test_a_kept_compiled_graph_gives_its_gradients_twice() -> None:
         second = torch.autograd.grad(loss, leaves)
         for a, b in zip(first, second, strict=True):
             torch.testing.assert_close(a, 3 * b)
+
+
+CHANGED = {
+    "weight of a frozen input": ("input", "linear_weight"),
+    "bias": ("", "linear_bias"),
+    "input of a frozen head": ("linear_weight linear_bias", "input"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_what_torchs_graph_does_not_hold_may_change(change: str) -> None:
+    """As in a linear probe, whose head steps between the loss and its gradient."""
+    frozen, changed = CHANGED[change]
+    grads = []
+    for loss_function in (fastopt.linear_cross_entropy, composition):
+        call, _ = leaves_of(make_call(SHAPE))
+        for name in frozen.split():
+            call[name].requires_grad_(False)
+        if changed == "input":
+            call["input"] = call["input"] * 1
+            call["input"].retain_grad()
+        loss = loss_function(**call)
+        with torch.no_grad():
+            call[changed].mul_(0.5)
+        loss.backward()
+        grads.append(
+            {name: x.grad for name, x in call.items() if isinstance(x, Tensor) and x.requires_grad}
+        )
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name])
+
+
+def test_a_second_derivative_notices_what_changed() -> None:
+    call, _ = leaves_of(make_call(SHAPE))
+    call["input"].requires_grad_(False)
+    loss = fastopt.linear_cross_entropy(**call)
+    with torch.no_grad():
+        call["linear_bias"].mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, call["linear_weight"], create_graph=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.checkpoint import checkpoint
 
 import fastopt
 import served
@@ -437,3 +438,14 @@ def test_a_report_that_cannot_be_written_is_said_first(
         running.main([f"--report={tmp_path}/missing/out.html", str(script)])
     assert ended.value.code == 2
     assert "the report cannot be written: [Errno 2]" in capsys.readouterr().err
+
+
+def test_a_comparison_saves_nothing_under_the_hooks_of_a_script() -> None:
+    """A checkpoint counts what is saved in forward and in its own repetition of it."""
+    x = torch.randn(33, 10, requires_grad=True)
+    target = torch.arange(33) % 10
+    with fastopt.reporting(compare=1) as report:
+        loss = checkpoint(lambda y: fastopt.cross_entropy(y * 2, target), x, use_reentrant=False)
+        loss.backward()
+    assert x.grad is not None
+    assert [note["op"] for note in report.as_dict()["compared"]] == ["cross_entropy"]

@@ -206,7 +206,10 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, factor: float, first: bool) 
     """out (+)= factor a b. Where out has another dtype, the product is rounded before it is added."""
     if out.dtype is a.dtype:
         out.addmm_(a, b, beta=0 if first else 1, alpha=factor)
-    elif first:
-        out.copy_(torch.mm(a, b).mul_(factor))
+        return
+    # Into memory of a's dtype: autocast, which may be on, would take another.
+    product = torch.mm(a, b, out=a.new_empty(out.shape))
+    if first:
+        out.copy_(product.mul_(factor))
     else:
-        out.add_(torch.mm(a, b), alpha=factor)
+        out.add_(product, alpha=factor)
