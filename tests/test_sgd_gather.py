@@ -105,7 +105,7 @@ def test_gradients_and_buffers_are_those_of_the_parameters_and_no_reference_stay
     objects = [*params, *buffers, *states, *in_order.values(), "grad", "momentum_buffer"]
     del param
     references = [*map(sys.getrefcount, objects)]
-    for _ in range(100):
+    for _ in range(500):
         grads = gather.grads_of(params)
         assert len(grads) == len(params)
         assert all(grad is param.grad for grad, param in zip(grads, params, strict=True))
@@ -121,7 +121,7 @@ def test_gradients_and_buffers_are_those_of_the_parameters_and_no_reference_stay
     # Of None and of names there come and go some, whatever runs, but not one in each round.
     left = [*map(sys.getrefcount, objects)]
     for thing, before, after in zip(objects, references, left, strict=True):
-        allowed = 50 if thing is None or isinstance(thing, str) else 0
+        allowed = 250 if thing is None or isinstance(thing, str) else 0
         assert abs(after - before) <= allowed, thing
 
 

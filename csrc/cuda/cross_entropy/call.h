@@ -23,7 +23,7 @@ struct Call : CrossEntropyCall<CrossEntropyParams> {
   }
 
   Tensor unit(const std::optional<Tensor>& largest_mass) {
-    check(p.grad != p.logits || rows == 0, "grad_logits must not be logits on a GPU");
+    check(p.grad != p.logits || logits.numel() == 0, "grad_logits must not be logits on a GPU");
     const Tensor unit = empty_scalar(ScalarType::Float);
     p.unit = static_cast<float*>(unit.mutable_data_ptr());
     p.in_units = p.logits_type == Element::float16;
