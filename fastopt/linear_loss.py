@@ -485,6 +485,11 @@ def _linear_cross_entropy(
     return ops.linear_cross_entropy(*call, None, *row_options, *plan, *wants)[0]
 
 
+_keeps_graph = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)  # private
+
+
 class _LinearLoss(torch.autograd.Function):
     """(input, linear_weight, linear_bias) -> (loss, their gradients for an upstream gradient of 1).
 
@@ -557,6 +562,8 @@ class _LinearLoss(torch.autograd.Function):
             grads = [grad.detach() for grad in grads]
             del input, linear_weight, linear_bias, parameters
             ctx.maybe_clear_saved_tensors()  # unless the graph is kept
+            if not _keeps_graph():
+                ctx.others = None
         result: list[Tensor | None] = [None] * 3
         for i, rows_of in enumerate((labels, None, None)):  # only the input's gradient has rows
             if wants[i]:

@@ -11,6 +11,7 @@ of them that wanted none of it. Such a storage cannot be resized; everything els
 memory.
 """
 
+import math
 import mmap
 import os
 import threading
@@ -128,10 +129,7 @@ def empty(
 ) -> torch.Tensor | None:
     """Uninitialised, one element after the other in the order of the strides, in memory that was in use
     before; None where torch's own is better."""
-    size = dtype.itemsize
-    for count in shape:
-        size *= count
-    storage = POOL.storage(size)
+    storage = POOL.storage(math.prod(shape, start=dtype.itemsize))
     if storage is None:
         return None
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)

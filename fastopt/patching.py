@@ -168,9 +168,8 @@ def _copy(function: FunctionType) -> FunctionType:
 
 
 def _dynamo_rules() -> dict[Any, Any]:
-    # The first step of any of torch's optimizers imports Dynamo.
-    # The package before its module, as everybody else does: another thread may be importing it, and
-    # locks in another order would leave both without.
+    # Which the first step of any of torch's optimizers imports, too. The package before its module, as
+    # there: another thread may be at it, and locks in another order would leave both without.
     importlib.import_module("torch._dynamo")
     trace_rules = importlib.import_module("torch._dynamo.trace_rules")
     rules: dict[Any, Any] = getattr(trace_rules, "get_torch_obj_rule_map", dict)()

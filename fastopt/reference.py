@@ -9,7 +9,8 @@ z-loss adds lse_square_scale lse^2 to the loss, lse = log(sum_c exp(x_c)), and 2
 to a in the gradient.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,18 +86,21 @@ def cross_entropy_forward(
     return cross_entropy(logits, target, weight, options)
 
 
-def cross_entropy_forward_backward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: Options,
-    largest_mass: Tensor | None = None,  # 0-dim
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_logits = layouts.empty_gradient(logits)
-    loss, unit = cross_entropy_forward_backward_out(
-        logits, target, weight, options, largest_mass, grad_logits
-    )
-    return loss, grad_logits, unit
+def allocating(out: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """cross_entropy_forward_backward of a back end, from its cross_entropy_forward_backward_out."""
+
+    def forward_backward(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: Options,
+        largest_mass: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_logits = layouts.empty_gradient(logits)
+        loss, unit = out(logits, target, weight, options, largest_mass, grad_logits)
+        return loss, grad_logits, unit
+
+    return forward_backward
 
 
 def cross_entropy_forward_backward_out(
@@ -104,7 +108,7 @@ def cross_entropy_forward_backward_out(
     target: Tensor,
     weight: Tensor | None,
     options: Options,
-    largest_mass: Tensor | None,
+    largest_mass: Tensor | None,  # 0-dim
     grad_logits: Tensor,  # like logits, or logits themselves
 ) -> tuple[Tensor, Tensor]:
     loss = cross_entropy_forward(logits, target, weight, options)
@@ -130,6 +134,9 @@ def cross_entropy_forward_backward_out(
         grad = grad.scatter_add(p.dim, label, odd)
     grad_logits.copy_(torch.where(p.live, grad, 0))
     return loss, unit
+
+
+cross_entropy_forward_backward = allocating(cross_entropy_forward_backward_out)
 
 
 def linear_cross_entropy(

@@ -27,6 +27,7 @@ from cross_entropy_cases import (
     make_target,
     random_upstream,
 )
+from peak import PEAK_ENVIRONMENT
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
@@ -146,27 +147,13 @@ def test_results_share_no_memory_with_inputs_or_each_other() -> None:
 
 # -- memory held ------------------------------------------------------------------------------------
 
-# glibc keeps freed blocks below a threshold that grows by itself; fixed and small, every large
-# block comes from the system and goes back, so that the peak is what was really held at once.
-PEAK_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
 PEAK = """
 import json
 import sys
 import torch
 import fastopt
 import cross_entropy_cases as cases
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-def peak_beyond_inputs(run):
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark starts again from here
-    before = status("VmRSS:")
-    kept = run()
-    return status("VmHWM:") - before
+from peak import peak_beyond_inputs
 
 def measure(shape, dtype="float32", reduction="mean", factor=1.0, smoothing=0.0, weight=False,
             probabilities=False, layout="contiguous"):

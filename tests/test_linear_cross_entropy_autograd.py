@@ -306,6 +306,22 @@ def test_a_graph_that_nobody_wants_is_freed(reduction: str) -> None:
         gc.enable()
 
 
+def test_a_loss_that_is_kept_holds_nothing_after_its_backward() -> None:
+    """As in a list of losses. torch's would hold no input of a frozen head at all."""
+    for frozen in ((), ("linear_weight", "linear_bias")):
+        call, _ = leaves_of(make_call(SHAPE))
+        for name in frozen:
+            call[name].requires_grad_(False)
+        inner = call["input"] * 1
+        gone = weakref.ref(inner)
+        loss = fastopt.linear_cross_entropy(**{**call, "input": inner})
+        del inner
+        loss.backward(retain_graph=True)
+        loss.backward()
+        gc.collect()
+        assert gone() is None
+
+
 def test_a_default_device_changes_nothing() -> None:
     call, _ = leaves_of(make_call(SHAPE))
     with torch.device("cpu"):

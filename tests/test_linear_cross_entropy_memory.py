@@ -19,7 +19,7 @@ from linear_cross_entropy_cases import (
     make_call,
     small_chunks,  # noqa: F401
 )
-from test_cross_entropy_memory import PEAK_ENVIRONMENT
+from peak import PEAK_ENVIRONMENT
 
 PEAK = """
 import json
@@ -27,17 +27,7 @@ import sys
 import torch
 import fastopt
 import fastopt.kernels.linear_cross_entropy as loop
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-def peak_beyond_inputs(run):
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark starts again from here
-    before = status("VmRSS:")
-    kept = run()
-    return status("VmHWM:") - before
+from peak import peak_beyond_inputs
 
 def measure(shape, dtype="float32", ignored=0.0, frozen=(), factor=1.0, **options):
     rows, features, classes = shape

@@ -125,8 +125,8 @@ inline bool has_no_overlap(const std::vector<int64_t>& sizes, const std::vector<
     if (sizes[i] != 1) order.push_back(i);
   std::sort(order.begin(), order.end(),
             [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  if (!dense && std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
   int64_t expected = 1;
-  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
   for (const size_t i : order) {
     if (dense ? strides[i] != expected : strides[i] < expected) return false;
     expected = strides[i] * sizes[i];

@@ -186,26 +186,12 @@ def cross_entropy_forward(
     return _forward(call)
 
 
-def cross_entropy_forward_backward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: Options,
-    largest_mass: Tensor | None = None,  # 0-dim, of float16 logits
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_logits = layouts.empty_gradient(logits)
-    loss, unit = cross_entropy_forward_backward_out(
-        logits, target, weight, options, largest_mass, grad_logits
-    )
-    return loss, grad_logits, unit
-
-
 def cross_entropy_forward_backward_out(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: Options,
-    largest_mass: Tensor | None,
+    largest_mass: Tensor | None,  # 0-dim, of float16 logits
     grad_logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     call = _Call(logits, target, weight, options)
@@ -236,6 +222,9 @@ def cross_entropy_forward_backward_out(
         )
         scale = reference.half_gradient_scale(largest_mass)
     return _forward(call, grad_logits, unit, scale), unit
+
+
+cross_entropy_forward_backward = reference.allocating(cross_entropy_forward_backward_out)
 
 
 def _forward(
