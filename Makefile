@@ -103,11 +103,13 @@ clang: build
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself is not
 # instrumented, so the runtime is preloaded, and libstdc++ with it: without that the runtime
 # cannot find the functions behind C++ exceptions. Python's own leaks are not our matter. The CUDA
-# kernels' emulation is built with the sanitizers too.
+# kernels' emulation is built with the sanitizers too: one unit that takes as long as all of _C.so,
+# so both are built at once.
 sanitize: build
-	@CXX=g++ FASTOPT_SANITIZE=1 \
+	@FASTOPT_SANITIZE=1 PYTHONPATH=tests $(BIN)/python -c "import emulated; emulated.build()" & \
+	CXX=g++ FASTOPT_SANITIZE=1 \
 	FASTOPT_SIMD=$$($(BIN)/python -c "from fastopt import backends; print(backends.simd_level())") \
-	$(BIN)/python setup.py --quiet build_ext
+	$(BIN)/python setup.py --quiet build_ext && wait $$!
 	$(SANITIZED) $(SANITIZE_TESTS)
 	FASTOPT_TEST_KERNELS=emulated $(SANITIZED) tests/test_cross_entropy.py \
 	  -k "(numbers_of or shapes or labels or 32_bits or scaling or layouts) and (float32 or bfloat16) \

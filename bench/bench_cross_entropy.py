@@ -248,7 +248,7 @@ def errors(
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def measured(
-    request, device, interleave, peak_memory, launches, host_time
+    request, device, left_out, interleave, peak_memory, launches, host_time
 ) -> tuple[Case, dict[str, dict]]:
     """All that `record` wants to know of each variant of one case."""
     case = request.param
@@ -257,6 +257,7 @@ def measured(
     plain = len(case.shape) == 2 and not case.probabilities and not case.label_smoothing
     peers = list(find_peers()) if device == "cuda" and plain else []
     variants = [variant for variant in VARIANTS if variant not in PEERS or variant in peers]
+    variants = [variant for variant in variants if variant not in left_out]
 
     results = {}
     for variant in variants:

@@ -53,6 +53,7 @@ CLOCK = Clock()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="a few cases, a short time for each")
+    parser.addoption("--eager", action="store_true", help="without torch.compile, the slow part")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
 
 
@@ -69,7 +70,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             mark.args[0] != config.getoption("--device") for mark in item.iter_markers("on")
         )
         not_quick = config.getoption("--quick") and not item.get_closest_marker("quick")
-        if elsewhere or not_quick:
+        compiles = config.getoption("--eager") and item.callspec.params["variant"] == "compile"
+        if elsewhere or not_quick or compiles:
             dropped.append(item)
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=dropped)
@@ -79,8 +81,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """What a reader of the results needs; neither the host's name nor a path of it."""
     cpu = machine_info["cpu"]
     command = ["python -m pytest", *(os.path.relpath(arg, config.rootpath) for arg in config.args)]
-    if config.getoption("--quick"):
-        command.append("--quick")
+    command += [flag for flag in ("--quick", "--eager") if config.getoption(flag)]
     gpu = {}
     if config.getoption("--device") == "cuda":
         command.append("--device=cuda")
@@ -112,6 +113,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def left_out(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The variants that this run does without."""
+    return ("compile",) if request.config.getoption("--eager") else ()
 
 
 @pytest.fixture(scope="session")
@@ -241,20 +248,22 @@ def host_time(device: str) -> Callable[..., dict[str, float]]:
 def record(benchmark, copy_bandwidth: float) -> Callable[..., None]:
     """record(group, durations, bytes_moved, ...) enters one variant into pytest-benchmark.
 
-    bytes_moved is what the task must read and write at least, the same for every variant: GB/s
-    and the share of the copy bandwidth then say how far a variant is from the physical limit.
+    bytes_moved, where memory is the limit, is what the task must read and write at least, the same
+    for every variant: GB/s and the share of the copy bandwidth then say how far a variant is from it.
     """
 
-    def run(group: str, durations: list[float], bytes_moved: int, **extra: object) -> None:
-        bandwidth = bytes_moved / statistics.median(durations)
+    def run(
+        group: str, durations: list[float], bytes_moved: int | None = None, **extra: object
+    ) -> None:
         benchmark.group = group
-        benchmark.extra_info.update(
-            bytes_moved=bytes_moved,
-            gb_per_s=bandwidth / 1e9,
-            share_of_copy=bandwidth / copy_bandwidth,
-            copy_gb_per_s=copy_bandwidth / 1e9,
-            **extra,
-        )
+        benchmark.extra_info.update(copy_gb_per_s=copy_bandwidth / 1e9, **extra)
+        if bytes_moved is not None:
+            bandwidth = bytes_moved / statistics.median(durations)
+            benchmark.extra_info.update(
+                bytes_moved=bytes_moved,
+                gb_per_s=bandwidth / 1e9,
+                share_of_copy=bandwidth / copy_bandwidth,
+            )
         remaining = iter(durations)
         benchmark.pedantic(
             CLOCK.advance, setup=lambda: ((next(remaining),), {}), rounds=len(durations)

@@ -42,6 +42,7 @@ VARIANTS = {
         *("fastopt", "eager", "compile", "composed", "chunked", "chunked 512", "products"),
     ),
     "sgd": ("fastopt", *STOCK_SGD, "compile"),
+    "training": ("fastopt", "eager", "fastopt alone", "eager alone"),
 }
 NAMES = {  # others are called what they are
     "eager": "torch",
@@ -198,6 +199,21 @@ def speed_table(variants: list[str], cases: dict[str, dict[str, Entry]]) -> str:
     return table(head, rows)
 
 
+def training_table(cases: dict[str, dict[str, Entry]], head: str) -> str:
+    """A step with each pair of lines, and what of it the lines are: their time by themselves."""
+    rows = []
+    for name, case in cases.items():
+        times = [case[variant].median for variant in VARIANTS["training"]]
+        whole, alone = times[:2], times[2:]
+        row = [name, *map(in_time, whole), in_times(whole[1] / whole[0])]
+        row += [*map(in_time, alone), in_times(alone[1] / alone[0])]
+        shares = (f"{100 * a / w:.0f} %" for a, w in zip(alone, whole, strict=True))
+        rows.append([*row, ", ".join(shares)])
+    pair = ["fastopt", "torch", "torch / fastopt"]
+    lines = [f"the two lines: {words}" for words in (*pair, "share of the step, fastopt, torch")]
+    return table([head, *pair, *lines], rows)
+
+
 def bandwidth_table(variants: list[str], cases: dict[str, dict[str, Entry]]) -> str:
     """What must be moved, how fast it was moved, and the memory taken on top of the inputs."""
     head = ["", "must move, MB", "fastopt, GB/s", "share of copy"]
@@ -283,7 +299,7 @@ def memory_table(results: Results) -> str:
     rows = []
     for case_name, case in (pair for op in results.cases.values() for pair in op.items()):
         info = case["fastopt"].info
-        if info["peak_mb"] is None:
+        if info["peak_mb"] is None or "result_mb" not in info:
             continue
         beyond = info["peak_mb"] - info["result_mb"]
         allowed = info.get("allowed_mb", MEMORY_BEYOND_RESULT_MB)
@@ -297,6 +313,11 @@ TIME_NOTE = """\
 Medians of interleaved rounds in one process; the spread is half the distance between the quartiles.
 Ratios above 1 mean that fastopt is faster. **wrong** marks a result that is not finite or is more
 than 5 % away from float64's.
+"""
+STEP_TITLE = "Whole training steps"
+STEP_NOTE = """\
+A step is zero_grad, forward, loss, backward and the optimizer's step. `The two lines` are the loss,
+forward and backward to the logits, and the optimizer's step by themselves.
 """
 LIMIT_NOTE = """\
 What the task must move at least (cross-entropy: logits and targets read once, gradient written
@@ -314,6 +335,9 @@ def report(results: Results) -> str:
     m = results.machine
     parts = [f"# Benchmarks on {m.get('gpu') or m['cpu'] + ', ' + str(m['cores']) + ' cores'}\n"]
     parts += [results.provenance + ".\n", TIME_NOTE]
+    if results.cases["training"]:
+        steps = training_table(results.cases["training"], "a whole training step")
+        parts += [f"## {STEP_TITLE}\n", STEP_NOTE, steps]
     parts.append("![Speed-up of every case](speedup.png)\n")
     for op, title in TITLES.items():
         if results.cases[op]:
@@ -360,9 +384,9 @@ def readme_table(results: Results, folder: Path) -> str:
         "torch / fastopt",
         "torch.compile (SGD: torch's best) / fastopt",
     ]
-    return (
-        f"{table(head, rows)}\nMeasured on {results.provenance}. [All figures]({folder}/report.md)."
-    )
+    steps = results.cases["training"]
+    first = f"{training_table(steps, STEP_TITLE)}\n" if steps else ""
+    return f"{first}{table(head, rows)}\nMeasured on {results.provenance}. [All figures]({folder}/report.md)."
 
 
 # --- Pictures -------------------------------------------------------------------------------------

@@ -44,14 +44,13 @@ PACKED, ROWS, STRIDED = range(3)
 DEFINITIONS = torch.library.Library("fastopt_emulated", "DEF")
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Built once for all workers, loaded once a process."""
+def build() -> Path:
+    """The library's file, built once for all workers."""
     source = ROOT / "tests/emulation/cross_entropy.cpp"
     name = "cross_entropy_sanitize.so" if SANITIZE else "cross_entropy.so"
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZE else []
     include = Path(torch.__file__).parent / "include"
-    path = compiled(
+    return compiled(
         ROOT / "build/emulation" / name,
         [source, *(ROOT / "tests/emulation").glob("*.h"), *(ROOT / "csrc").rglob("*.h")],
         [
@@ -63,6 +62,11 @@ def library() -> ctypes.CDLL:
             *(f"-L{include.parent / 'lib'}", "-ltorch_cpu"),
         ],
     )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    path = build()
     for name, schema in ops.SCHEMAS.items():
         DEFINITIONS.define(name + schema)
     torch.ops.load_library(path)
