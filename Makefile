@@ -47,7 +47,7 @@ CUDA_HOME ?= /usr/local/cuda
 AARCH64 := aarch64-linux-gnu-g++
 
 .PHONY: demo check test test-values modes bench build lint format headers clang aarch64 sanitize
-.PHONY: wheel wheels clean gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-carry gpu-lease
+.PHONY: wheel wheels clean docs gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-carry gpu-lease
 
 demo: build
 	$(BIN)/python bench/train_digits.py
@@ -99,6 +99,10 @@ clang: build
 	$(if $(CLANG),,$(error no clang++ was found; on Debian and Ubuntu: apt install clang))
 	@CXX=$(CLANG) FASTOPT_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --build-lib build/clang
 	FASTOPT_LIBRARY=$(CURDIR)/build/clang/fastopt/_C.so $(BIN)/python tools/suite.py values
+
+# The pages, in build/docs/index.html. Nothing is fetched while they are built; warnings are errors.
+docs: build .venv/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -n -E docs build/docs
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself is not
 # instrumented, so the runtime is preloaded, and libstdc++ with it: without that the runtime
@@ -196,6 +200,10 @@ gpu-lease:
 
 gpu-carry: .venv/.installed
 	$(BIN)/python tools/lease.py carry
+
+.venv/.docs: docs/requirements.txt .venv/.installed
+	$(BIN)/python -m pip install --quiet -r docs/requirements.txt
+	@touch $@
 
 build/triton-$(OLD_TRITON): | .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OLD_TRITON)

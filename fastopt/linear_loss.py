@@ -152,7 +152,7 @@ class LinearCrossEntropyLoss(_Module):  # type: ignore[misc]
 
     Args:
         in_features: H, the size of each row of the input.
-        num_classes: C.
+        num_classes: C, the number of classes.
         out_features: (d1, ..., dK), of a loss in K dimensions. Default: ().
         bias: whether the layer adds a bias. Default: False.
         device: of the layer.
@@ -227,7 +227,7 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: a class index outside [0, C) that is not ignore_index; RuntimeError with options.
-        Whatever torch.nn.functional.linear_cross_entropy raises for the same arguments.
+        Exception: whatever torch.nn.functional.linear_cross_entropy raises for the same arguments.
 
     Differences from stock, where chunks are the faster way, and with options always: memory beyond
     inputs and results is that of the chunk, whatever N is. The weight's gradient is summed in float32

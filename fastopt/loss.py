@@ -163,7 +163,7 @@ def cross_entropy(
         IndexError: a class index outside [0, C) that is not ignore_index. On a GPU, where finding
             out would mean waiting for it, only under FASTOPT_DEBUG=1; otherwise the loss and that
             row's gradient are NaN.
-        Whatever torch.nn.functional.cross_entropy raises for the same arguments.
+        Exception: whatever torch.nn.functional.cross_entropy raises for the same arguments.
 
     Differences from stock: half precision accumulates and counts in float32 and rounds once; rows that
     are ignored get gradient 0 even where their logits are NaN; the gradient has the strides of the

@@ -43,10 +43,10 @@ class SGD(torch.optim.SGD):
 
     Args:
         params: parameters to optimize, named parameters, or dicts that define groups.
-        lr (float or Tensor of one element): learning rate. Default: 1e-3
+        lr (float or Tensor): learning rate; a Tensor has one element. Default: 1e-3
         momentum (float): momentum factor. Default: 0
         dampening (float): dampening for momentum, not applied in the first step. Default: 0
-        weight_decay (float or Tensor of one element): L2 penalty, coupled. Default: 0
+        weight_decay (float or Tensor): L2 penalty, coupled; a Tensor has one element. Default: 0
         nesterov (bool): Nesterov momentum; needs momentum and no dampening. Default: False
         maximize (bool): ascend instead of descend. Default: False
         foreach, fused (bool, optional): accepted for torch's sake. They change no result of the
@@ -98,9 +98,11 @@ class SGD(torch.optim.SGD):
 
     Example::
 
+        >>> import fastopt, torch
+        >>> model, target = torch.nn.Linear(8, 4), torch.tensor([1, 3])
         >>> optimizer = fastopt.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         >>> optimizer.zero_grad()
-        >>> loss_fn(model(input), target).backward()
+        >>> fastopt.cross_entropy(model(torch.randn(2, 8)), target).backward()
         >>> optimizer.step()
 
     Source: torch.optim.SGD; Sutskever et al., `On the importance of initialization and momentum in
