@@ -48,6 +48,10 @@ def test_the_reference_has_every_public_name_and_variable() -> None:
     assert not [name for name in names if f"`{name}" not in variables]
 
 
+def test_the_citation_is_of_this_version() -> None:
+    assert f"\nversion: {fastopt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 # --- messages: docs/troubleshooting.md --------------------------------------------------------------
 
 # Where messages for users are raised, and functions that return some.
