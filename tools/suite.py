@@ -123,6 +123,7 @@ CHECK = [
             "tests/test_patch.py::test_sgd_is_served_bit_by_bit",
             "tests/test_report.py::test_a_report_counts_places_and_answers",
             "tests/test_selfcheck.py::test_bad_kernels_of_the_loss_do_not_serve",
+            "tests/test_docs.py::test_every_term_is_a_message_of_the_sources",
             "tests/test_ledger.py",
             "tests/test_workflows.py::test_every_action_is_pinned_by_commit",
         ],
