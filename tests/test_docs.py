@@ -39,6 +39,13 @@ def test_no_page_has_python_that_nobody_runs() -> None:
         assert len(kinds) == len(FENCE.findall(text)), page
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    """Of the pages in docs/, Sphinx sees to it."""
+    links = re.findall(r"\]\((?!https:)([^)#]+)", page.read_text())
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
 def test_the_reference_has_every_public_name_and_variable() -> None:
     python = (DOCS / "reference/python.md").read_text()
     documented = re.findall(r"^\.\. auto\w+:: (\w+)$", python, re.MULTILINE)
