@@ -76,7 +76,7 @@ def main(pages: list[str]) -> int:
     # Inductor takes a quarter of a minute for what a page shows, and adds nothing to its results.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     failed = False
-    for page in map(Path.absolute, map(Path, pages)):
+    for page in [Path(page).absolute() for page in pages]:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             for failure in failures(page):
