@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastopt import backends
 from fastopt.backends import MissingKernelsWarning
+from fastopt.extras import LossStats
 from fastopt.linear_loss import LinearCrossEntropyLoss, linear_cross_entropy
 from fastopt.loss import CrossEntropyLoss, cross_entropy
 from fastopt.memory import empty_cache
@@ -19,6 +20,7 @@ __all__ = [
     "SGD",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "LossStats",
     "MissingKernelsWarning",
     "cross_entropy",
     "empty_cache",

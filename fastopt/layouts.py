@@ -58,7 +58,7 @@ def viewed(x: Tensor) -> tuple[Tensor, Strides]:
     """As (batch, class, position): a copy where d1, ... do not step through memory as one."""
     if x.dim() == 1:
         return x, Strides(0, x.stride(0), 0)
-    if not _positions_are_even(x):
+    if not positions_are_even(x):
         x = x.contiguous()
     wide = [step for size, step in zip(x.shape[2:], x.stride()[2:], strict=True) if size != 1]
     return x, Strides(x.stride(0), x.stride(1), wide[-1] if wide else 0)
@@ -69,14 +69,14 @@ def empty_gradient(like: Tensor) -> Tensor:
     classes step through memory as one, else contiguous.
     """
     grad = torch.empty_like(like)
-    if grad.stride() == like.stride() and _positions_are_even(like):
+    if grad.stride() == like.stride() and positions_are_even(like):
         return grad
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def gradient_strides(like: Tensor) -> tuple[int, ...]:
     """Those of empty_gradient(like)."""
-    if is_dense(like) and _positions_are_even(like):
+    if is_dense(like) and positions_are_even(like):
         return like.stride()
     strides, step = [], 1
     for size in reversed(like.shape):
@@ -85,7 +85,7 @@ def gradient_strides(like: Tensor) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _positions_are_even(x: Tensor) -> bool:
+def positions_are_even(x: Tensor) -> bool:
     positions = [(s, step) for s, step in zip(x.shape, x.stride(), strict=True)][2:]
     positions = [(size, step) for size, step in positions if size != 1]
     return all(outer == size * step for (_, outer), (size, step) in pairwise(positions))

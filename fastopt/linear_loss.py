@@ -6,6 +6,7 @@
         no gradient wanted              ops.linear_cross_entropy
         eager                           _LinearLoss, an autograd.Function around the op
         torch.compile                   the op in the graph; its autograd kernel is _LinearLoss
+        with extras                     _with_extras, around linear_rows.py, whose op is the same loop
 
 The op is the chunk loop of fastopt/kernels/linear_cross_entropy.py. What the questions mean is said in
 loss.py, which asks the same ones.
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastopt import loss, ops
+from fastopt import extras, layouts, linear_rows, loss, ops, statistics
 from fastopt.kernels import linear_cross_entropy as kernel
 from fastopt.loss import _DTYPES, _HALF, _TENSOR_TYPES
 from fastopt.options import NONE, REDUCTIONS, Options
@@ -163,9 +164,61 @@ class LinearCrossEntropyLoss(_Module):  # type: ignore[misc]
             indices, and has to be None for probabilities.
         label_smoothing: in [0, 1].
         options: a torch.nn.LinearCrossEntropyOptions, or None.
+        lse_square_scale, softcap, logit_scale, loss_dtype, return_stats: as in
+            :func:`linear_cross_entropy`; forward takes token_weight and denominator.
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    # Of objects that were made, or pickled, as torch's.
+    lse_square_scale = 0.0
+    softcap = None
+    logit_scale = 1.0
+    loss_dtype = None
+    return_stats = False
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        lse_square_scale: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        loss_dtype: torch.dtype | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            reduction=reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+        self.lse_square_scale = lse_square_scale
+        self.softcap, self.logit_scale = softcap, logit_scale
+        self.loss_dtype, self.return_stats = loss_dtype, return_stats
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        token_weight: Tensor | None = None,
+        denominator: Tensor | float | None = None,
+    ) -> Any:
         shape = [self.num_classes, *self.out_features]
         linear_weight, linear_bias = self.linear.weight, self.linear.bias
         if len(shape) > 1:
@@ -182,6 +235,13 @@ class LinearCrossEntropyLoss(_Module):  # type: ignore[misc]
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
+            lse_square_scale=self.lse_square_scale,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            token_weight=token_weight,
+            denominator=denominator,
+            loss_dtype=self.loss_dtype,
+            return_stats=self.return_stats,
         )
 
 
@@ -196,7 +256,14 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
-) -> Tensor:
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    loss_dtype: torch.dtype | None = None,
+    return_stats: bool = False,
+) -> Any:
     """cross_entropy(linear(input, linear_weight, linear_bias), target, ...) without the logits.
 
     As torch.nn.functional.linear_cross_entropy (torch 2.13), on every torch that fastopt runs with.
@@ -220,12 +287,18 @@ def linear_cross_entropy(
             many rows at a time ("auto" leaves it to us); acc_policy="compact" or a half precision
             acc_dtype sum the weight's gradient in the input's dtype instead of float32.
             allow_retain_graph is always granted. None leaves all to us.
+        lse_square_scale, softcap, logit_scale, token_weight, denominator, loss_dtype, return_stats: not
+            torch's, and as in :func:`cross_entropy`. logit_scale multiplies the bias, too. They are
+            chunked like the rest; softcap and return_stats work on a few rows of the chunk at a time.
 
     Returns:
         The loss, 0-dim, or shaped like the class indices for reduction "none"; in the logits' dtype
-        (promoted with probabilities; float32 under autocast, as stock has it).
+        (promoted with probabilities; float32 under autocast, as stock has it), or loss_dtype. With
+        return_stats (loss, fastopt.LossStats).
 
     Raises:
+        ValueError, TypeError, RuntimeError: of the arguments that are not torch's, as in
+            :func:`cross_entropy`.
         IndexError: a class index outside [0, C) that is not ignore_index; RuntimeError with options.
         Exception: whatever torch.nn.functional.linear_cross_entropy raises for the same arguments.
 
@@ -237,6 +310,19 @@ def linear_cross_entropy(
     ignored gives gradients 0, not NaN. Reduction none has a fourth matrix product in chunks, so that
     without options only logits that would be very large are served so.
     """
+    if (
+        softcap is not None
+        or type(lse_square_scale) is not float
+        or lse_square_scale != 0.0
+        or logit_scale != 1.0
+        or token_weight is not None
+        or denominator is not None
+        or loss_dtype is not None
+        or return_stats is not False
+    ):
+        stocks = (input, linear_weight, target, linear_bias, weight, reduction, ignore_index)
+        ours = (softcap, logit_scale, token_weight, denominator, loss_dtype, return_stats)
+        return _with_extras(*stocks, label_smoothing, options, lse_square_scale, ours)
     if options is None and _composes(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index
     ):
@@ -266,6 +352,113 @@ def linear_cross_entropy(
         return _linear_cross_entropy(*call)
     except IndexError as error:  # stock's chunks gather labels by another function
         raise RuntimeError(str(error)) from None
+
+
+def _with_extras(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    options: Any,
+    lse_square_scale: Any,
+    arguments: tuple[Any, ...],
+) -> Any:
+    """The loop where it serves the same call without extras, else F.linear and cross_entropy."""
+    lse_square_scale = extras.real("lse_square_scale", lse_square_scale)
+    e = extras.checked(reduction, *arguments)
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    composes = options is None and _composes(*tensors, reduction, ignore_index)
+    if not composes and not _serves(*tensors, reduction, ignore_index, label_smoothing, options):
+        _stock(  # says what is wrong
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+        composes = True
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if composes:
+        head = linear_weight.flatten(0, -2)
+        bias = None if linear_bias is None else linear_bias.flatten()
+        logits = F.linear(input, head, bias)
+        return loss.cross_entropy(
+            logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1]),
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            **e._asdict(),
+        )
+    extras.check_rows(e, input.shape[:1], input.device)
+    call = (*tensors, reduction, ignore_index, label_smoothing, options, lse_square_scale, e)
+    if options is None or torch.compiler.is_compiling():
+        return _rows_with_extras(*call)
+    try:
+        return _rows_with_extras(*call)
+    except IndexError as error:
+        raise RuntimeError(str(error)) from None
+
+
+def _rows_with_extras(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    options: Any,
+    lse_square_scale: float,
+    e: extras.Extras,
+) -> Any:
+    dtype = _logits_dtype(input, linear_weight, linear_bias)
+    assert dtype is not None  # as _serves knows
+    loss_dtype, exact = e.loss_dtype, statistics.accumulation_type(dtype)
+    if loss_dtype is None:
+        loss_dtype = _loss_dtype(dtype)
+        if target.dtype is not torch.int64:
+            loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target.dtype))
+    if weight is not None and weight.dtype in _HALF:
+        weight = weight.float()
+    asked = REDUCTIONS["none" if reduction == "none" else "sum"]
+    of_rows = exact if reduction == "none" and e.token_weight is not None else loss_dtype
+    row_options = Options(ignore_index, label_smoothing, asked, of_rows, lse_square_scale)
+    shape = torch.Size([*input.shape[:1], *linear_weight.shape[:1]])
+    weights, factor, by = None, None, None
+    if e.token_weight is not None:
+        weights = extras.row_weights(target, ignore_index, e, exact)
+    if reduction == "mean":
+        by = extras.divisor(shape, target, weight, row_options, e)
+    if reduction != "none":
+        factor = torch.ones(input.shape[0], dtype=torch.float64, device=input.device)
+        factor = factor if weights is None else weights.to(factor.dtype)
+        factor = factor if by is None else factor / by
+    rows, accumulate = _rows(options), _accumulate(options, dtype)
+    cap = 0.0 if e.softcap is None else e.softcap
+    plan = linear_rows.Plan(dtype, accumulate, rows, e.logit_scale, cap, e.return_stats)
+    parameters = (input, linear_weight, linear_bias)
+    result, found = linear_rows.linear_rows(*parameters, target, weight, factor, row_options, plan)
+    if weights is not None and reduction == "none":
+        result = result * weights
+    result = result.to(loss_dtype)
+    if not e.return_stats:
+        return result
+    dim = layouts.class_dim(shape)
+    found = statistics.Statistics(*(x.detach() for x in found))
+    stats = extras.loss_stats(found, target, dim, row_options, weights, reduction, by)
+    return result, stats
 
 
 def _composes(
@@ -451,6 +644,13 @@ def _rows(options: Any) -> int:
     return -int(options.chunking_method.partition(":")[2] or 1)
 
 
+def _accumulate(options: Any, dtype: torch.dtype) -> torch.dtype:
+    """In which the weight's gradient is summed."""
+    if options is not None and (options.acc_policy == "compact" or options.acc_dtype is dtype):
+        return dtype
+    return statistics.accumulation_type(dtype)
+
+
 def _linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -469,9 +669,7 @@ def _linear_cross_entropy(
         loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target.dtype))
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()
-    accumulate = ops.accumulation_type(dtype)
-    if options is not None and (options.acc_policy == "compact" or options.acc_dtype is dtype):
-        accumulate = dtype
+    accumulate = _accumulate(options, dtype)
     row_options = Options(ignore_index, label_smoothing, REDUCTIONS[reduction], loss_dtype)
     plan = (dtype, accumulate, _rows(options))
     wants = [x is not None and x.requires_grad for x in (input, linear_weight, linear_bias)]
@@ -483,11 +681,6 @@ def _linear_cross_entropy(
     if row_options.reduction == NONE:  # computes gradients in backward
         wants = [False] * 3
     return ops.linear_cross_entropy(*call, None, *row_options, *plan, *wants)[0]
-
-
-_keeps_graph = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
-)  # private
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -562,7 +755,7 @@ class _LinearLoss(torch.autograd.Function):
             grads = [grad.detach() for grad in grads]
             del input, linear_weight, linear_bias, parameters
             ctx.maybe_clear_saved_tensors()  # unless the graph is kept
-            if not _keeps_graph():
+            if not loss._keeps_graph():
                 ctx.others = None
         result: list[Tensor | None] = [None] * 3
         for i, rows_of in enumerate((labels, None, None)):  # only the input's gradient has rows
@@ -570,7 +763,7 @@ class _LinearLoss(torch.autograd.Function):
                 scale = (grads[i], grad_loss, rows_of, options.ignore_index, dtypes[i])
                 if plain:
                     # As in loss.py: whoever alone holds the memory may write to it.
-                    result[i] = _times(
+                    result[i] = linear_rows.times(
                         *scale, own=loss._uses(grads[i].untyped_storage()._cdata) <= 2
                     )
                 else:
@@ -592,26 +785,6 @@ def _unchanged(held: Tensor | None, other: tuple[Tensor, int | None] | None) -> 
     return other[0]
 
 
-def _times(
-    grad: Tensor,
-    grad_loss: Tensor,  # 0-dim
-    target: Tensor | None,
-    ignore_index: int,
-    dtype: torch.dtype,
-    own: bool = False,
-) -> Tensor:
-    """grad * grad_loss, rounded to dtype; in grad's memory where that is its caller's own."""
-    value = grad_loss.item()
-    value += value - value  # infinity is NaN, as in the sums of torch
-    if not own:
-        grad = grad * value
-    elif value != 1:
-        grad.mul_(value)
-    if target is not None and math.isnan(value):
-        grad[target == ignore_index] = 0
-    return grad.to(dtype)
-
-
 def _differentiable(
     parameters: tuple[Tensor, Tensor, Tensor | None],
     wants: tuple[bool, bool, bool],
@@ -628,8 +801,8 @@ def _differentiable(
     """
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         views = [None if x is None else x.view_as(x) for x in parameters]
-        exact = ops.accumulation_type(dtype)
-        x, w, b = (None if v is None else _rounded(v, dtype, exact) for v in views)
+        exact = statistics.accumulation_type(dtype)
+        x, w, b = (None if v is None else linear_rows.rounded(v, dtype, exact) for v in views)
         assert x is not None and w is not None
         again = F.cross_entropy(
             F.linear(x, w, b),
@@ -642,12 +815,6 @@ def _differentiable(
         wanted = [v for v, w in zip(views, wants, strict=True) if w and v is not None]
         found = iter(torch.autograd.grad(again, wanted, grad_loss.to(exact), create_graph=True))
         return [next(found) if w else None for w in wants]
-
-
-def _rounded(x: Tensor, dtype: torch.dtype, exact: torch.dtype) -> Tensor:
-    """x in the type `exact`, with the digits that `dtype` has; its gradient keeps all of its own."""
-    y = x.to(exact)
-    return y if x.dtype is dtype else y + (y.to(dtype).to(exact) - y).detach()
 
 
 def _op_autograd(
@@ -672,4 +839,3 @@ def _op_autograd(
 
 
 ops.register("linear_cross_entropy", "Autograd", _op_autograd)
-ops.library.impl("linear_cross_entropy_times", _times, "CompositeExplicitAutograd")

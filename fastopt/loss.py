@@ -1,6 +1,7 @@
 """The faces of softmax cross-entropy: what our kernels serve, and autograd.
 
     CrossEntropyLoss.forward -> cross_entropy
+        extras beyond z-loss            _with_extras (extras.py), around what follows
         not served                      stock, with the same arguments
         no gradient wanted              ops.cross_entropy_forward
         eager                           _Loss, an autograd.Function around the op
@@ -12,7 +13,6 @@ raises stock's own exception. Only labels out of range are ours to refuse.
 """
 
 import math
-import numbers
 from operator import eq
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.nn import _reduction
 from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
-from fastopt import backends, layouts, memory, ops, reference, selfcheck
+from fastopt import backends, extras, layouts, memory, ops, reference, selfcheck, statistics
 from fastopt.options import MEAN, NONE, REDUCTIONS, Options
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
@@ -84,10 +84,17 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss, computed by one fused kernel.
 
     Arguments, shapes, results, buffers and errors are those of torch.nn.CrossEntropyLoss; see
-    :func:`cross_entropy` for shapes, dtypes, lse_square_scale and where results are better.
+    :func:`cross_entropy` for shapes, dtypes, the keyword arguments that torch has not, and where
+    results are better.
     """
 
-    lse_square_scale = 0.0  # of objects that were made, or pickled, as torch's
+    # Of objects that were made, or pickled, as torch's.
+    lse_square_scale = 0.0
+    softcap = None
+    logit_scale = 1.0
+    loss_dtype = None
+    return_stats = False
+    inplace = False
 
     def __init__(
         self,
@@ -99,19 +106,57 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         lse_square_scale: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        loss_dtype: torch.dtype | None = None,
+        return_stats: bool = False,
+        inplace: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.lse_square_scale = lse_square_scale
+        self.softcap, self.logit_scale = softcap, logit_scale
+        self.loss_dtype, self.return_stats, self.inplace = loss_dtype, return_stats, inplace
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        token_weight: Tensor | None = None,
+        denominator: Tensor | None = None,  # or a number, which torch.jit.script does not have
+    ) -> Tensor:
         if torch.jit.is_scripting():
             assert self.lse_square_scale == 0.0, "lse_square_scale is not for torch.jit.script"
+            assert (
+                self.softcap is None
+                and self.logit_scale == 1.0
+                and self.loss_dtype is None
+                and not self.return_stats
+                and not self.inplace
+                and token_weight is None
+                and denominator is None
+            ), "what torch's loss has not is not for torch.jit.script"
             options = (self.ignore_index, None, self.reduction, self.label_smoothing)
             return _stock(input, target, self.weight, None, *options)
-        return self._fused(input, target)
+        return self._fused(input, target, token_weight, denominator)
 
     @torch.jit.unused
-    def _fused(self, input: Tensor, target: Tensor) -> Tensor:
+    def _fused(
+        self,
+        input: Tensor,
+        target: Tensor,
+        token_weight: Tensor | None,
+        denominator: Tensor | None,
+    ) -> Tensor:
+        if (
+            self.softcap is not None
+            or self.logit_scale != 1.0
+            or self.loss_dtype is not None
+            or self.return_stats
+            or self.inplace
+            or token_weight is not None
+            or denominator is not None
+        ):
+            return self._with_extras(input, target, token_weight, denominator)
         return cross_entropy(
             input,
             target,
@@ -120,6 +165,31 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             lse_square_scale=self.lse_square_scale,
+        )
+
+    @torch.jit.unused
+    def _with_extras(
+        self,
+        input: Tensor,
+        target: Tensor,
+        token_weight: Tensor | None,
+        denominator: Tensor | None,
+    ) -> Any:
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            lse_square_scale=self.lse_square_scale,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            token_weight=token_weight,
+            denominator=denominator,
+            loss_dtype=self.loss_dtype,
+            return_stats=self.return_stats,
+            inplace=self.inplace,
         )
 
 
@@ -134,7 +204,14 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     lse_square_scale: float = 0.0,
-) -> Tensor:
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    loss_dtype: torch.dtype | None = None,
+    return_stats: bool = False,
+    inplace: bool = False,
+) -> Any:
     """Cross-entropy between logits and a target, as torch.nn.functional.cross_entropy.
 
     With q the target's mass per class and m = max_c x_c, the loss of a row is
@@ -152,17 +229,40 @@ def cross_entropy(
         reduction: "none", "mean" (weighted by the true classes' weights) or "sum".
         label_smoothing: in [0, 1], the share of the target spread evenly over all classes.
         lse_square_scale: z-loss: any number; every row that is not ignored has lse_square_scale *
-            logsumexp(input)**2 more, whatever its weight. Not for torch.jit.script, which refuses it.
-            The logits are kept for backward then, and may not be changed in place before.
+            logsumexp(input)**2 more, whatever its weight. The logits are kept for backward then, and
+            may not be changed in place before.
+        softcap: c > 0: the loss is that of c tanh(input / c), after logit_scale. Default: none.
+        logit_scale: s > 0: the loss is that of s input.
+        token_weight: shaped like the loss of reduction "none": factors of its elements. They do not
+            change what the mean divides by. May not require grad.
+        denominator: what "mean" divides by in place of its own count: a number, or a 0-dim tensor,
+            on any device without waiting for it. May not require grad.
+        loss_dtype: the dtype of the loss, float32 of half precision logits, say. Default: stock's.
+        return_stats: return (loss, LossStats) (log-sum-exp, z-loss, entropy, predicted classes).
+        inplace: allow the gradient to take the logits' memory, before backward, where that saves
+            memory: logits that require grad, on a CPU, in eager mode, without softcap or
+            logit_scale. Their version is incremented, so that autograd refuses what needs them
+            afterwards. Without a gradient it changes nothing.
+
+        Arguments from lse_square_scale on are not torch's; torch.jit.script refuses them. softcap and
+        logit_scale need up to two tensors shaped like the logits more, in float32 (float64 of
+        float64); linear_cross_entropy needs none.
 
     Returns:
         The loss, 0-dim, or shaped like the class indices for reduction "none"; in the logits'
-        dtype (promoted with probabilities; float32 under autocast, as stock has it).
+        dtype (promoted with probabilities; float32 under autocast, as stock has it), or loss_dtype.
+        With return_stats (loss, fastopt.LossStats).
 
     Raises:
         IndexError: a class index outside [0, C) that is not ignore_index. On a GPU, where finding
             out would mean waiting for it, only under FASTOPT_DEBUG=1; otherwise the loss and that
             row's gradient are NaN.
+        ValueError: softcap, logit_scale, loss_dtype or the shape of token_weight or denominator is not
+            one of the above; a denominator with another reduction than "mean".
+        TypeError: an extra argument of another type.
+        RuntimeError: inplace for a leaf that requires grad, or a view of one; token_weight or
+            denominator requires grad, or is on another device; backward where logits that inplace
+            had overwritten were changed, or second derivatives need them (lse_square_scale).
         Exception: whatever torch.nn.functional.cross_entropy raises for the same arguments.
 
     Differences from stock: half precision accumulates and counts in float32 and rounds once; rows that
@@ -172,7 +272,19 @@ def cross_entropy(
     (fastopt.empty_cache() gives it back): its storage cannot be resized.
     """
     if type(lse_square_scale) is not float:
-        lse_square_scale = _real(lse_square_scale)
+        lse_square_scale = extras.real("lse_square_scale", lse_square_scale)
+    if (
+        softcap is not None
+        or logit_scale != 1.0
+        or token_weight is not None
+        or denominator is not None
+        or loss_dtype is not None
+        or return_stats is not False
+        or inplace is not False
+    ):
+        stocks = (input, target, weight, size_average, ignore_index, reduce, reduction)
+        ours = (softcap, logit_scale, token_weight, denominator, loss_dtype, return_stats)
+        return _with_extras(*stocks, label_smoothing, lse_square_scale, ours, inplace)
     if (
         _STOCK_IS_KNOWN
         and not torch.compiler.is_compiling()
@@ -198,20 +310,87 @@ def cross_entropy(
             return loss
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    loss_dtype = _loss_dtype(input) if served else loss.dtype
+    dtype = _loss_dtype(input) if served else loss.dtype
     if served and target.dtype is not torch.int64:
-        loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target))
+        dtype = torch.promote_types(dtype, _loss_dtype(target))
     # Options, as a plain tuple: names would cost 0.5 us.
-    options = (ignore_index, label_smoothing, REDUCTIONS[reduction], loss_dtype, lse_square_scale)
+    options = (ignore_index, label_smoothing, REDUCTIONS[reduction], dtype, lse_square_scale)
     if not served:
         return reference.cross_entropy(input, target, weight, Options(*options))
     return _cross_entropy(input, target, weight, options)
 
 
-def _real(lse_square_scale: Any) -> float:
-    if not isinstance(lse_square_scale, numbers.Real):
-        raise TypeError(f"lse_square_scale must be a real number, got {lse_square_scale!r}")
-    return float(lse_square_scale)
+def _with_extras(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+    lse_square_scale: float,
+    arguments: tuple[Any, ...],
+    inplace: bool,
+) -> Tensor | tuple[Tensor, extras.LossStats]:
+    """Around the kernels of a served call, and around the reference of any other."""
+    extras.boolean("inplace", inplace)
+    if inplace:
+        _refuse_leaves(input)
+    question = (input, target, weight, ignore_index, reduction, label_smoothing)
+    served = _serves(*question)
+    if not served:  # stock says what is wrong
+        stocks = _by_torch(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    e = extras.checked(reduction, *arguments)
+    extras.check_rows(e, layouts.row_shape(input.shape), input.device)
+    loss_dtype = e.loss_dtype or (_served_dtype(input, target) if served else stocks.dtype)
+
+    dim, ignored = layouts.class_dim(input.shape), None
+    if not target.is_floating_point():
+        ignored = (target == ignore_index).unsqueeze(dim)
+    logits = extras.scaled(input, e, ignored)
+    if target.is_floating_point() and logits is not input:
+        target = target.to(logits.dtype)
+    exact = statistics.accumulation_type(logits.dtype)
+    asked = extras.kernel_reduction(reduction, e)
+    combines = e.token_weight is not None or e.denominator is not None
+    of_kernel = exact if combines else loss_dtype
+    options = Options(ignore_index, label_smoothing, asked, of_kernel, lse_square_scale)
+    weights: Tensor | None = None
+    by: Any = None
+    if e.token_weight is not None:
+        weights = extras.row_weights(target, ignore_index, e, exact)
+    if reduction == "mean" and (combines or e.return_stats):
+        by = extras.divisor(input.shape, target, weight, options, e)
+    if e.return_stats:  # before the logits are overwritten
+        found = statistics.in_pieces(logits, dim)
+        stats = extras.loss_stats(found, target, dim, options, weights, reduction, by)
+
+    if not served:
+        loss = reference.cross_entropy(logits, target, weight, options)
+    elif (
+        inplace or (logits is not input and lse_square_scale == 0.0)  # ours alone
+    ) and _can_be_overwritten(logits):
+        loss = _overwriting(logits, target, weight, options)
+    else:
+        loss = _cross_entropy(logits, target, weight, tuple(options))
+    if weights is not None:
+        loss = extras.reduced(loss, weights, reduction, by)
+    elif e.denominator is not None:
+        loss = loss / by
+    loss = loss.to(loss_dtype)
+    return (loss, stats) if e.return_stats else loss
+
+
+def _served_dtype(logits: Tensor, target: Tensor) -> torch.dtype:
+    dtype = _loss_dtype(logits)
+    if target.dtype is torch.int64:
+        return dtype
+    return torch.promote_types(dtype, _loss_dtype(target))
 
 
 def _by_torch(*call: Any) -> Tensor:  # reports.py replaces this, as it does _cross_entropy
@@ -603,6 +782,92 @@ def _op_autograd(
         return _Loss.apply(logits, target, weight, options, largest)
     with _below_autograd():
         return ops.cross_entropy_forward_backward(logits, target, weight, *options, largest)
+
+
+def _refuse_leaves(logits: Any) -> None:
+    """As torch does where such a tensor is to be changed in place."""
+    if not isinstance(logits, Tensor) or not (torch.is_grad_enabled() and logits.requires_grad):
+        return
+    if logits.is_leaf:
+        raise RuntimeError("inplace: a leaf that requires grad may not be overwritten")
+    if not torch.compiler.is_compiling() and logits._is_view():
+        base = logits._base
+        if base is not None and base.is_leaf and base.requires_grad:
+            raise RuntimeError(
+                "inplace: a view of a leaf that requires grad may not be overwritten"
+            )
+
+
+def _can_be_overwritten(logits: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and logits.requires_grad
+        and logits.is_cpu
+        and _is_plain(logits)
+        and layouts.has_no_overlap(logits)
+        and layouts.positions_are_even(logits)
+    )
+
+
+def _overwriting(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> Tensor:  # reports.py replaces this, too
+    if weight is not None and weight.dtype in _HALF:
+        weight = weight.float()
+    largest = _largest_mass(logits, target, weight, options)
+    loss: Tensor = _OverwritingLoss.apply(logits, target, weight, options, largest)[0]
+    return loss
+
+
+_keeps_graph = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)  # private
+
+
+class _OverwritingLoss(_Loss):
+    """_Loss, whose grad is in the memory of the logits.
+
+    Whoever saved them before is told by their version; whoever changes them before backward changes
+    the gradient, and is told there.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, options, largest):
+        grad = logits.data  # the same memory; of autograd's it knows nothing
+        with _below_autograd():
+            loss, unit = ops.cross_entropy_forward_backward_out(
+                logits, target, weight, *options, largest, grad
+            )
+        torch.autograd.graph.increment_version(logits)
+        ctx.set_materialize_grads(False)
+        of_half = unit if grad.dtype is torch.float16 else None
+        ctx.mark_non_differentiable(unit, *((grad,) if options.lse_square_scale else ()))
+        ctx.save_for_backward(grad, target, weight, of_half, None)
+        ctx.options, ctx.logits, ctx.version = options, logits, logits._version
+        return loss, grad, unit
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_grad, _):
+        if ctx.logits is not None and ctx.logits._version != ctx.version:
+            raise RuntimeError(
+                "logits that inplace=True had overwritten with their gradient have been modified by"
+                " an inplace operation since"
+            )
+        if torch.is_grad_enabled() and ctx.options.lse_square_scale:
+            raise RuntimeError(
+                "inplace=True has overwritten the logits, which second derivatives with"
+                " lse_square_scale need"
+            )
+        if grad_loss is None or grad_grad is not None or torch.is_grad_enabled() or _keeps_graph():
+            return _Loss.backward(ctx, grad_loss, grad_grad, _)
+        grad, target, _, unit, _ = ctx.saved_tensors
+        options = ctx.options
+        scale = (unit, target, options.ignore_index, options.smoothed, options.reduction)
+        ctx.maybe_clear_saved_tensors()
+        ctx.logits = None
+        own = _is_plain(grad_loss)
+        return _times(grad.detach(), grad_loss, *scale, own), None, None, None, None
 
 
 ops.register("cross_entropy_forward_backward", "Autograd", _op_autograd)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastopt import backends, layouts, reference
 from fastopt.options import NONE, OPTIONS_SCHEMA, Options
+from fastopt.statistics import accumulation_type
 
 # logits: (C), (N, C) or (N, C, d1, ...). target: int64 class indices (N, d1, ...), or probabilities
 # shaped like logits. weight: (C), in the accumulation type (float32; float64 for float64 logits).
@@ -64,7 +65,19 @@ library.define(
     " SymInt rows, bool wants_input, bool wants_weight, bool wants_bias)"
     " -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
-# What backward makes of its gradients, in `dtype` (linear_loss.py). target: where rows of this gradient
+# The same with logits logit_scale times as large, after softcap (0: none), a loss that has a gradient for
+# rows' factors in forward (grad_loss, with reduction sum, which they multiply), and what a softmax says of
+# rows (statistics.py; zeros, and -1 for predicted, of ignored rows; with `stats`, else without elements).
+# grad_entropy: (N), the upstream gradients of entropy.
+library.define(
+    "linear_cross_entropy_rows(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    f" Tensor? weight, Tensor? grad_loss, Tensor? grad_entropy, {OPTIONS_SCHEMA}, ScalarType dtype,"
+    " ScalarType accumulate, SymInt rows, float logit_scale, float softcap, bool stats,"
+    " bool wants_input, bool wants_weight, bool wants_bias)"
+    " -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor lse,"
+    " Tensor entropy, Tensor predicted)"
+)
+# What backward makes of its gradients, in `dtype` (linear_rows.py). target: where rows of this gradient
 # may be ignored.
 library.define(
     "linear_cross_entropy_times(Tensor grad, Tensor grad_loss, Tensor? target, SymInt ignore_index,"
@@ -77,6 +90,7 @@ _TENSORS = {
     "cross_entropy_forward_backward": 3,
     "cross_entropy_forward_backward_out": 3,
     "linear_cross_entropy": 6,
+    "linear_cross_entropy_rows": 7,
 }
 
 
@@ -116,21 +130,16 @@ for _name in SCHEMAS:
     register(_name, "default", getattr(reference, _name))
     if backends.GPU_FAMILY == "triton":
         register(_name, "CUDA", triton_launcher(_name))
-register("linear_cross_entropy", "default", reference.linear_cross_entropy)
-if backends.CPU_LIBRARY is not None:
-    register(
-        "linear_cross_entropy", "CPU", launcher("linear_cross_entropy", "linear_cross_entropy")
-    )
+for _name in ("linear_cross_entropy", "linear_cross_entropy_rows"):
+    register(_name, "default", getattr(reference, _name))
+    if backends.CPU_LIBRARY is not None:
+        register(_name, "CPU", launcher("linear_cross_entropy", _name))
 
 
 def _fake(name: str) -> Callable[..., Any]:
     return lambda shapes: torch.library.register_fake(
         f"fastopt::{name}", flat(name, shapes), lib=library
     )
-
-
-def accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def empty_linear_gradients(
@@ -191,6 +200,18 @@ def _(input, linear_weight, linear_bias, target, weight, grad_loss, options, dty
     return loss, *empty_linear_gradients(input, linear_weight, exact, accumulate, *wants)
 
 
+@_fake("linear_cross_entropy_rows")
+def _(input, linear_weight, linear_bias, target, weight, grad_loss, grad_entropy, options, *others):
+    dtype, accumulate, _rows, _scale, _softcap, stats, *wants = others
+    rows = input.shape[:1]
+    exact = accumulation_type(dtype)
+    return (
+        input.new_empty(rows if options.reduction == NONE else (), dtype=options.loss_dtype),
+        *empty_linear_gradients(input, linear_weight, exact, accumulate, *wants),
+        *(input.new_empty(rows if stats else 0, dtype=d) for d in (exact, exact, torch.int64)),
+    )
+
+
 @_fake("linear_cross_entropy_times")
 def _(grad, grad_loss, target, ignore_index, dtype):
     return torch.empty_like(grad, dtype=dtype)
@@ -202,4 +223,5 @@ cross_entropy_forward_backward_out = torch.ops.fastopt.cross_entropy_forward_bac
 cross_entropy_scale_ = torch.ops.fastopt.cross_entropy_scale_.default
 cross_entropy_times = torch.ops.fastopt.cross_entropy_times.default
 linear_cross_entropy = torch.ops.fastopt.linear_cross_entropy.default
+linear_cross_entropy_rows = torch.ops.fastopt.linear_cross_entropy_rows.default
 linear_cross_entropy_times = torch.ops.fastopt.linear_cross_entropy_times.default

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt import layouts
+from fastopt import layouts, statistics
 from fastopt.options import MEAN, NONE, Options
 
 
@@ -140,20 +140,42 @@ cross_entropy_forward_backward = allocating(cross_entropy_forward_backward_out)
 
 
 def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    grad_loss: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+    accumulate: torch.dtype,
+    rows: int,
+    *wants: bool,
+) -> tuple[Tensor, ...]:
+    of_rows = (1.0, 0.0, False)
+    call = (input, linear_weight, linear_bias, target, weight, grad_loss, None, options)
+    return linear_cross_entropy_rows(*call, dtype, accumulate, rows, *of_rows, *wants)[:4]
+
+
+def linear_cross_entropy_rows(
     input: Tensor,  # (N, H)
     linear_weight: Tensor,  # (C, H)
     linear_bias: Tensor | None,  # (C)
     target: Tensor,
     weight: Tensor | None,
-    grad_loss: Tensor | None,  # (N), of reduction none
+    grad_loss: Tensor | None,  # (N), of reduction none; of sum the rows' factors
+    grad_entropy: Tensor | None,  # (N)
     options: Options,
     dtype: torch.dtype,
     accumulate: torch.dtype,
     rows: int,
+    logit_scale: float,
+    softcap: float,
+    stats: bool,
     wants_input: bool,
     wants_weight: bool,
     wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x, w = input.to(dtype).to(exact), linear_weight.to(dtype).to(exact)
     b = None if linear_bias is None else linear_bias.to(dtype).to(exact)
@@ -162,20 +184,49 @@ def linear_cross_entropy(
     else:  # what is ignored is multiplied by nothing, and may be NaN
         x = torch.where((target == options.ignore_index).unsqueeze(1), 0, x)
     with torch.autocast(input.device.type, enabled=False):
-        logits = torch.nn.functional.linear(x, w, b)
+        logits = logit_scale * torch.nn.functional.linear(x, w, b)
+    if softcap:
+        bent = (logits / softcap).tanh()
+        logits = softcap * bent
+    found = statistics.of_rows(logits, 1)
+    if target.is_floating_point():
+        live = torch.ones_like(found.predicted, dtype=torch.bool)
+    else:
+        live = target != options.ignore_index
     loss, grad, _ = cross_entropy_forward_backward(logits, target, weight, options)
     if grad_loss is not None:
-        upstream = grad_loss.to(exact)
-        if not target.is_floating_point():
-            upstream = torch.where(target == options.ignore_index, 0, upstream)
+        if options.reduction != NONE:
+            each = cross_entropy(
+                logits, target, weight, options._replace(reduction=NONE, loss_dtype=exact)
+            )
+            loss = (each * grad_loss).sum(dtype=torch.float64).to(options.loss_dtype)
+        upstream = torch.where(live, grad_loss.to(exact), 0)
         grad = grad * (upstream + (upstream - upstream)).unsqueeze(1)
+    if grad_entropy is not None:
+        of_entropy = statistics.entropy_gradient(logits, found.lse, found.entropy, grad_entropy)
+        grad = grad + torch.where(live.unsqueeze(1), of_entropy, 0)
+    if softcap:
+        grad = grad * (1 - bent.square())
+    grad = grad * logit_scale
     with torch.autocast(input.device.type, enabled=False):
         return (
             loss,
             grad @ w if wants_input else w.new_empty(0),
             (grad.t() @ x if wants_weight else w.new_empty(0)).to(accumulate),
             grad.sum(0) if wants_bias else w.new_empty(0),
+            *_where_live(found, live, stats),
         )
+
+
+def _where_live(found: statistics.Statistics, live: Tensor, stats: bool) -> tuple[Tensor, ...]:
+    if not stats:
+        return found.lse.new_empty(0), found.lse.new_empty(0), found.predicted.new_empty(0)
+    lse, entropy, predicted = found
+    return (
+        torch.where(live, lse, 0),
+        torch.where(live, entropy, 0),
+        torch.where(live, predicted, -1),
+    )
 
 
 def half_gradient_scale(largest: Tensor) -> Tensor:

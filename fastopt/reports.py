@@ -181,6 +181,7 @@ def _replace() -> None:
     loss._STOCK_IS_KNOWN = _known and not _open  # or tiny calls would pass unseen
     for module, name, mine in (
         (loss, "_cross_entropy", _served),
+        (loss, "_overwriting", _overwriting),
         (loss, "_by_torch", _unserved),
         (optim, "update", _step),
         (step, "torch_update", _left_to_torch),
@@ -202,6 +203,11 @@ def _served(*call: Any) -> Tensor:
         result = ours(*call)
     _compare("cross_entropy", _described(call[0]), lambda: comparing.of_loss(ours, call))
     return result
+
+
+def _overwriting(*call: Any) -> Tensor:
+    with _timed("cross_entropy", _described(call[0]), ""):  # and nothing is left to compare with
+        return _real["_overwriting"](*call)
 
 
 def _unserved(*call: Any) -> Tensor:

@@ -337,11 +337,22 @@ def _parameters(function: Callable[..., object]) -> list[tuple[str, object, obje
 
 def test_signatures() -> None:
     """torch's, and behind them, by keyword only, what is ours alone."""
-    extra = ("lse_square_scale", inspect.Parameter.KEYWORD_ONLY, 0.0)
-    assert _parameters(fastopt.cross_entropy) == [*_parameters(F.cross_entropy), extra]
+    of_loss = {"lse_square_scale": 0.0, "softcap": None, "logit_scale": 1.0}
+    of_call = {"token_weight": None, "denominator": None}
+    others = {"loss_dtype": None, "return_stats": False, "inplace": False}
+
+    def extras(*defaults: dict[str, object]) -> list[tuple[str, object, object]]:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        return [(name, keyword, value) for of in defaults for name, value in of.items()]
+
     ours, stock = fastopt.CrossEntropyLoss, nn.CrossEntropyLoss
-    assert _parameters(ours.__init__) == [*_parameters(stock.__init__), extra]
-    assert _parameters(ours.forward) == _parameters(stock.forward)
+    assert _parameters(fastopt.cross_entropy) == [
+        *_parameters(F.cross_entropy),
+        *extras(of_loss, of_call, others),
+    ]
+    assert _parameters(ours.__init__) == [*_parameters(stock.__init__), *extras(of_loss, others)]
+    of_forward = [(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, None) for name in of_call]
+    assert _parameters(ours.forward) == [*_parameters(stock.forward), *of_forward]
     assert ours.__constants__ == stock.__constants__
 
 

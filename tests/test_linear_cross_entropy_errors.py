@@ -253,6 +253,8 @@ def test_torch_before_2_13_has_the_same_values() -> None:
 
 class Before213(linear_loss._LossBefore213):
     forward = fastopt.LinearCrossEntropyLoss.forward
+    lse_square_scale, softcap, logit_scale = 0.0, None, 1.0
+    loss_dtype, return_stats = None, False
 
 
 # -- modules ----------------------------------------------------------------------------------------
@@ -339,13 +341,17 @@ def test_modules_are_copied_and_stored() -> None:
 
 @needs_stock
 def test_signatures_are_torchs() -> None:
+    """And behind them what is ours alone, by keyword."""
     for ours, stock in (
         (fastopt.linear_cross_entropy, F.linear_cross_entropy),
         (fastopt.LinearCrossEntropyLoss, nn.LinearCrossEntropyLoss),
         (Before213, nn.LinearCrossEntropyLoss),
     ):
         found, expected = (inspect.signature(f).parameters for f in (ours, stock))
-        assert list(found) == list(expected)
+        assert list(found)[: len(expected)] == list(expected)
+        extras = list(found.values())[len(expected) :]
+        assert all(extra.kind == inspect.Parameter.KEYWORD_ONLY for extra in extras)
+        assert bool(extras) == (ours is not Before213)
         for name, parameter in expected.items():
             assert found[name].kind == parameter.kind
             assert found[name].default == parameter.default

@@ -27,9 +27,16 @@ import sys
 import torch
 import fastopt
 import fastopt.kernels.linear_cross_entropy as loop
+import fastopt.statistics
 from peak import peak_beyond_inputs
 
-def measure(shape, dtype="float32", ignored=0.0, frozen=(), factor=1.0, **options):
+def with_stats(**call):
+    return fastopt.linear_cross_entropy(**call, return_stats=True)[0]
+
+functions = {"return_stats": with_stats}
+
+def measure(shape, dtype="float32", ignored=0.0, frozen=(), factor=1.0, function=None, **options):
+    compute = functions.get(function, fastopt.linear_cross_entropy)
     rows, features, classes = shape
     dtype = getattr(torch, dtype)
     call = {
@@ -42,21 +49,24 @@ def measure(shape, dtype="float32", ignored=0.0, frozen=(), factor=1.0, **option
     leaves = [call[name].requires_grad_() for name in list(call)[:3] if name not in frozen]
 
     def train():
-        loss = fastopt.linear_cross_entropy(**call, **options)
+        loss = compute(**call, **options)
         loss.backward(torch.full_like(loss, factor))
 
     def evaluate():
         with torch.no_grad():
-            return fastopt.linear_cross_entropy(**call, **options)
+            return compute(**call, **options)
 
     results = sum(leaf.nbytes for leaf in leaves)
     return [peak_beyond_inputs(evaluate), peak_beyond_inputs(train), results]
 
 torch.set_num_threads(2)
 loop.ROWS = 128
+fastopt.statistics.PIECE = 1 << 16
 calls = json.loads(sys.argv[1])
 # Threads, autograd, code pages and what BLAS keeps for products of this size come before.
-for options in ({}, {"reduction": "none"}, {"dtype": "bfloat16"}, {"ignored": 0.5}):
+warm = [{}, {"reduction": "none"}, {"dtype": "bfloat16"}, {"ignored": 0.5}]
+warm += [{"function": "return_stats", "softcap": 9.0}]
+for options in warm:
     measure(calls["mean"]["shape"], **options)
 print(json.dumps({name: measure(**call) for name, call in calls.items()}))
 """
@@ -76,6 +86,10 @@ PEAK_CALLS: dict[str, tuple[dict[str, object], int]] = {
     "ignored": ({"ignored": 0.75}, 0),
     "frozen": ({"frozen": ["linear_weight", "linear_bias"]}, 0),
     "upstream-3": ({"factor": 3.0}, 0),
+    # Buffers of 256 KB.
+    "extras": ({"softcap": 30.0, "logit_scale": 2.0, "denominator": 7, "lse_square_scale": 0.1}, 0),
+    "extras-none": ({"softcap": 30.0, "reduction": "none"}, 0),
+    "return_stats": ({"function": "return_stats"}, 0),
     # The gradients' sums in float32, and a slice of the weight in float32 with its half twin.
     "bfloat16": ({"dtype": "bfloat16"}, (ROWS + CLASSES) * FEATURES * 4 + 4096 * FEATURES * 8),
 }

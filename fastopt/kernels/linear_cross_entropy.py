@@ -25,7 +25,7 @@ import platform
 import torch
 from torch import Tensor
 
-from fastopt import ops
+from fastopt import ops, statistics
 from fastopt.options import MEAN, NONE, Options
 
 # Of 4096 x 256 x 32000 float32, seconds of one thread for forward and backward, with a row op that
@@ -37,23 +37,46 @@ SLICE = 4096
 
 
 def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    grad_loss: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+    accumulate: torch.dtype,
+    rows: int,
+    *wants: bool,
+) -> tuple[Tensor, ...]:
+    of_rows = (1.0, 0.0, False)
+    call = (input, linear_weight, linear_bias, target, weight, grad_loss, None, options)
+    return linear_cross_entropy_rows(*call, dtype, accumulate, rows, *of_rows, *wants)[:4]
+
+
+def linear_cross_entropy_rows(
     input: Tensor,  # (N, H)
     linear_weight: Tensor,  # (C, H)
     linear_bias: Tensor | None,  # (C)
     target: Tensor,  # int64 (N), or floating point (N, C)
     weight: Tensor | None,  # (C), float32, or float64 where dtype is
-    grad_loss: Tensor | None,  # (N), of reduction none
+    grad_loss: Tensor | None,  # (N), of reduction none; of sum the rows' factors
+    grad_entropy: Tensor | None,  # (N)
     options: Options,
     dtype: torch.dtype,
     accumulate: torch.dtype,
     rows: int,
+    logit_scale: float,
+    softcap: float,  # 0: none
+    stats: bool,
     wants_input: bool,
     wants_weight: bool,
     wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     _check(input, linear_weight, linear_bias, target, grad_loss, options, dtype)
+    _check_extras(input, grad_entropy, logit_scale, softcap)
     count, (classes, features) = input.shape[0], linear_weight.shape
-    exact = ops.accumulation_type(dtype)
+    exact = statistics.accumulation_type(dtype)
     work = dtype if dtype is exact or multiplies(dtype) else exact
     live = _live_rows(target, classes, options.ignore_index)
     divisor = _divisor(target, live, weight, options)
@@ -76,6 +99,11 @@ def linear_cross_entropy(
     size = classes if linear_weight.dtype is work is dtype else SLICE
     slices = [slice(start, start + size) for start in range(0, classes, size)]
     row_options = options._replace(reduction=NONE, loss_dtype=exact)
+    wants_any = wants_input or wants_weight or wants_bias
+    has_extras = softcap != 0.0 or stats or grad_entropy is not None
+    lse, entropy = (input.new_zeros(count if stats else 0, dtype=exact) for _ in range(2))
+    predicted = input.new_full((count if stats else 0,), -1, dtype=torch.int64)
+    factor *= logit_scale
 
     for start in range(0, total, step):
         end = min(start + step, total)
@@ -86,19 +114,26 @@ def linear_cross_entropy(
         for part in slices:
             w = linear_weight[part].to(dtype).to(work)
             if linear_bias is None:
-                torch.mm(x, w.t(), out=logits[:, part])
+                logits[:, part].addmm_(x, w.t(), beta=0, alpha=logit_scale)
             else:
-                torch.addmm(linear_bias[part].to(dtype).to(work), x, w.t(), out=logits[:, part])
-        if not (wants_input or wants_weight or wants_bias):
+                b = linear_bias[part].to(dtype).to(work)
+                scales = {"beta": logit_scale, "alpha": logit_scale}
+                torch.addmm(b, x, w.t(), **scales, out=logits[:, part])
+        upstream = None if grad_loss is None else grad_loss[at].to(exact).unsqueeze(1)
+        if has_extras:
+            of_entropy = None if grad_entropy is None else grad_entropy[at]
+            row_call = (goal, weight, row_options, softcap, upstream, of_entropy, wants_any, stats)
+            losses[at], *found = _with_extras(logits, *row_call)
+            if stats:
+                lse[at], entropy[at], predicted[at] = found
+        elif wants_any:
+            losses[at], _ = ops.cross_entropy_forward_backward_out(
+                logits, goal, weight, *row_options, None, logits
+            )
+            _multiply_rows(logits, upstream)
+        else:
             losses[at] = ops.cross_entropy_forward(logits, goal, weight, *row_options)
-            continue
-        losses[at], _ = ops.cross_entropy_forward_backward_out(
-            logits, goal, weight, *row_options, None, logits
-        )
         grad = logits
-        if grad_loss is not None:
-            upstream = grad_loss[at].to(exact).unsqueeze(1)
-            grad.mul_(upstream + (upstream - upstream))  # infinity is NaN, as in the sums of torch
         if wants_input:
             direct = live is None and work is exact
             product = grad_input[at] if direct else torch.empty_like(x)
@@ -116,8 +151,54 @@ def linear_cross_entropy(
 
     loss = losses
     if options.reduction != NONE:
-        loss = losses.sum(dtype=torch.float64) / divisor
-    return loss.to(options.loss_dtype), grad_input, grad_weight, grad_bias
+        if grad_loss is not None:
+            loss = losses * grad_loss.to(torch.float64)
+        loss = loss.sum(dtype=torch.float64) / divisor
+    return loss.to(options.loss_dtype), *grads, lse, entropy, predicted
+
+
+def _with_extras(
+    logits: Tensor,  # of a chunk; where wanted, their gradient takes their place
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    softcap: float,
+    upstream: Tensor | None,  # (rows, 1)
+    grad_entropy: Tensor | None,  # (rows)
+    wants_any: bool,
+    stats: bool,
+) -> tuple[Tensor, ...]:
+    """A few rows at a time, so that what is held beside the chunk is a piece of it."""
+    size = statistics.entries_at_a_time(logits)
+    results = []
+    for start in range(0, len(logits), size):
+        at = slice(start, start + size)
+        x, added, slope = logits[at], None, None
+        if softcap:
+            x.mul_(1 / softcap).tanh_()
+            slope = 1 - x.square() if wants_any else None
+            x.mul_(softcap)
+        found = statistics.of_rows(x, 1) if stats or grad_entropy is not None else ()
+        if found and grad_entropy is not None:
+            added = statistics.entropy_gradient(x, found[0], found[1], grad_entropy[at])
+        if wants_any:
+            loss, _ = ops.cross_entropy_forward_backward_out(
+                x, target[at], weight, *options, None, x
+            )
+            _multiply_rows(x, None if upstream is None else upstream[at])
+        else:
+            loss = ops.cross_entropy_forward(x, target[at], weight, *options)
+        if added is not None:
+            x.add_(added)
+        if slope is not None:
+            x.mul_(slope)
+        results.append((loss, *found))
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def _multiply_rows(grad: Tensor, upstream: Tensor | None) -> None:
+    if upstream is not None:
+        grad.mul_(upstream + (upstream - upstream))  # infinity is NaN, as in the sums of torch
 
 
 def _check(
@@ -142,6 +223,15 @@ def _check(
         raise RuntimeError("fastopt::linear_cross_entropy: the shapes do not fit each other")
     if not (dtype.is_floating_point and options.loss_dtype.is_floating_point):
         raise RuntimeError("fastopt::linear_cross_entropy: dtypes must be floating point")
+
+
+def _check_extras(
+    input: Tensor, grad_entropy: Tensor | None, logit_scale: float, softcap: float
+) -> None:
+    if not (grad_entropy is None or tuple(grad_entropy.shape) == (input.shape[0],)):
+        raise RuntimeError("fastopt::linear_cross_entropy_rows: the shapes do not fit each other")
+    if not (0 < logit_scale < math.inf and 0 <= softcap < math.inf):
+        raise RuntimeError("fastopt::linear_cross_entropy_rows: scale and softcap must be finite")
 
 
 @functools.cache
