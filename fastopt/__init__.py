@@ -8,6 +8,7 @@ from fastopt import backends
 from fastopt.backends import MissingKernelsWarning
 from fastopt.extras import LossStats
 from fastopt.linear_loss import LinearCrossEntropyLoss, linear_cross_entropy
+from fastopt.logprobs import LogProbs, entropy_from_logits, linear_logprobs, selective_log_softmax
 from fastopt.loss import CrossEntropyLoss, cross_entropy
 from fastopt.memory import empty_cache
 from fastopt.optim import SGD
@@ -20,15 +21,19 @@ __all__ = [
     "SGD",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "LogProbs",
     "LossStats",
     "MissingKernelsWarning",
     "cross_entropy",
     "empty_cache",
+    "entropy_from_logits",
     "linear_cross_entropy",
+    "linear_logprobs",
     "patch",
     "patched",
     "report",
     "reporting",
+    "selective_log_softmax",
     "unpatch",
 ]
 

@@ -40,7 +40,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fastopt")
 
 DEVICE = os.environ.get("FASTOPT_TEST_DEVICE", "cpu")
-OF_KERNELS = ("test_cross_entropy", "test_linear_cross_entropy", "test_sgd", "test_crossover")
+OF_KERNELS = (
+    *("test_cross_entropy", "test_linear_cross_entropy", "test_logprobs", "test_sgd"),
+    "test_crossover",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -30,10 +30,14 @@ import fastopt.kernels.linear_cross_entropy as loop
 import fastopt.statistics
 from peak import peak_beyond_inputs
 
+def logprobs(**call):
+    found = fastopt.linear_logprobs(**call, entropy=True, softcap=30.0, temperature=0.5)
+    return found.logprobs + found.entropy
+
 def with_stats(**call):
     return fastopt.linear_cross_entropy(**call, return_stats=True)[0]
 
-functions = {"return_stats": with_stats}
+functions = {"linear_logprobs": logprobs, "return_stats": with_stats}
 
 def measure(shape, dtype="float32", ignored=0.0, frozen=(), factor=1.0, function=None, **options):
     compute = functions.get(function, fastopt.linear_cross_entropy)
@@ -65,7 +69,7 @@ fastopt.statistics.PIECE = 1 << 16
 calls = json.loads(sys.argv[1])
 # Threads, autograd, code pages and what BLAS keeps for products of this size come before.
 warm = [{}, {"reduction": "none"}, {"dtype": "bfloat16"}, {"ignored": 0.5}]
-warm += [{"function": "return_stats", "softcap": 9.0}]
+warm += [{"function": "return_stats", "softcap": 9.0}, {"function": "linear_logprobs"}]
 for options in warm:
     measure(calls["mean"]["shape"], **options)
 print(json.dumps({name: measure(**call) for name, call in calls.items()}))
@@ -90,6 +94,7 @@ PEAK_CALLS: dict[str, tuple[dict[str, object], int]] = {
     "extras": ({"softcap": 30.0, "logit_scale": 2.0, "denominator": 7, "lse_square_scale": 0.1}, 0),
     "extras-none": ({"softcap": 30.0, "reduction": "none"}, 0),
     "return_stats": ({"function": "return_stats"}, 0),
+    "linear_logprobs": ({"function": "linear_logprobs"}, 0),
     # The gradients' sums in float32, and a slice of the weight in float32 with its half twin.
     "bfloat16": ({"dtype": "bfloat16"}, (ROWS + CLASSES) * FEATURES * 4 + 4096 * FEATURES * 8),
 }

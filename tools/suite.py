@@ -100,6 +100,7 @@ QUICK_VALUES = [
     "tests/test_cross_entropy.py::test_probabilities[float32-float32-mean]",
     "tests/test_cross_entropy.py::test_infinities_and_nan[inf-both-signs-float32]",
     "tests/test_linear_cross_entropy.py::test_values[29x33x1000-mean-float32]",
+    "tests/test_logprobs.py::test_a_clipped_policy_loss",
     "tests/test_sgd.py::test_all_sizes_in_one_step_equal_the_for_loop_bitwise",
 ]
 QUICK_OF_GPUS = "tests/test_cross_entropy.py::test_target_and_weight_in_any_layout"
