@@ -10,6 +10,7 @@ None of it waits for a device.
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,12 @@ class Extras(NamedTuple):
     @property
     def scales(self) -> bool:
         return self.softcap is not None or self.logit_scale != 1.0
+
+
+def traced(function: Callable[..., Any], call: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Of torch.fx's symbolic tracer, one node for a whole call: its way depends on what is given, which
+    a graph's placeholders do not tell. call[0] is a Proxy."""
+    return call[0].tracer.create_proxy("call_function", function, call, keywords)
 
 
 def real(name: str, value: Any) -> float:

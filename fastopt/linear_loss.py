@@ -368,6 +368,18 @@ def _with_extras(
     arguments: tuple[Any, ...],
 ) -> Any:
     """The loop where it serves the same call without extras, else F.linear and cross_entropy."""
+    if isinstance(input, torch.fx.Proxy):
+        keywords = dict(zip(extras.Extras._fields, arguments, strict=True))
+        keywords.update(
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+            lse_square_scale=lse_square_scale,
+        )
+        return extras.traced(linear_cross_entropy, (input, linear_weight, target), keywords)
     lse_square_scale = extras.real("lse_square_scale", lse_square_scale)
     e = extras.checked(reduction, *arguments)
     tensors = (input, linear_weight, target, linear_bias, weight)
@@ -384,6 +396,8 @@ def _with_extras(
             label_smoothing=label_smoothing,
             options=options,
         )
+        if not target.is_floating_point():
+            target = target.long()
         composes = True
     ignore_index = -100 if ignore_index is None else ignore_index
     if composes:

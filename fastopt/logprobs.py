@@ -42,8 +42,9 @@ def linear_logprobs(
     Those of softmax(x / temperature) with x = linear(input, linear_weight, linear_bias), after
     softcap tanh(x / softcap) where there is a softcap. Both may be differentiated, by input,
     linear_weight and linear_bias. On CPUs logits are made for some rows at a time, and again in
-    backward: memory beyond inputs and results is that of a chunk. (Calls that linear_cross_entropy
-    would leave to torch, and second derivatives, make logits whole.)
+    backward: memory beyond inputs and results is that of a chunk. Logits are whole where they are few
+    (under 1,024 rows or 8 million logits), on GPUs, for second derivatives, and in calls that
+    linear_cross_entropy would leave to torch.
 
     Args:
         input: shape (..., H): float32, float64, bfloat16, float16.
@@ -88,7 +89,8 @@ def linear_logprobs(
         )
     rows, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     tensors = (rows, linear_weight, labels, linear_bias, None)
-    composes = linear_loss._composes(*tensors, "none", ignore_index)
+    # Of the crossovers that of "mean": memory is what this is for.
+    composes = linear_loss._composes(*tensors, "mean", ignore_index)
     if not composes and linear_loss._serves(*tensors, "none", ignore_index, 0.0, None):
         dtype = linear_loss._logits_dtype(rows, linear_weight, linear_bias)
         assert dtype is not None  # as _serves knows

@@ -241,8 +241,8 @@ def cross_entropy(
         return_stats: return (loss, LossStats) (log-sum-exp, z-loss, entropy, predicted classes).
         inplace: allow the gradient to take the logits' memory, before backward, where that saves
             memory: logits that require grad, on a CPU, in eager mode, without softcap or
-            logit_scale. Their version is incremented, so that autograd refuses what needs them
-            afterwards. Without a gradient it changes nothing.
+            logit_scale. They hold the gradient then, and their version is incremented, so that
+            autograd refuses what needs them as they were. Without a gradient it changes nothing.
 
         Arguments from lse_square_scale on are not torch's; torch.jit.script refuses them. softcap and
         logit_scale need up to two tensors shaped like the logits more, in float32 (float64 of
@@ -334,20 +334,27 @@ def _with_extras(
     inplace: bool,
 ) -> Tensor | tuple[Tensor, extras.LossStats]:
     """Around the kernels of a served call, and around the reference of any other."""
+    if isinstance(input, torch.fx.Proxy):
+        stocks = (input, target, weight, size_average, ignore_index, reduce, reduction)
+        keywords = dict(zip(extras.Extras._fields, arguments, strict=True))
+        keywords.update(lse_square_scale=lse_square_scale, inplace=inplace)
+        return extras.traced(cross_entropy, (*stocks, label_smoothing), keywords)
     extras.boolean("inplace", inplace)
     if inplace:
         _refuse_leaves(input)
     question = (input, target, weight, ignore_index, reduction, label_smoothing)
     served = _serves(*question)
     if not served:  # stock says what is wrong
-        stocks = _by_torch(
+        of_stock = _by_torch(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
+        if not target.is_floating_point():
+            target = target.long()  # uint8 has no -100
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     e = extras.checked(reduction, *arguments)
     extras.check_rows(e, layouts.row_shape(input.shape), input.device)
-    loss_dtype = e.loss_dtype or (_served_dtype(input, target) if served else stocks.dtype)
+    loss_dtype = e.loss_dtype or (_served_dtype(input, target) if served else of_stock.dtype)
 
     dim, ignored = layouts.class_dim(input.shape), None
     if not target.is_floating_point():
@@ -862,11 +869,13 @@ class _OverwritingLoss(_Loss):
         if grad_loss is None or grad_grad is not None or torch.is_grad_enabled() or _keeps_graph():
             return _Loss.backward(ctx, grad_loss, grad_grad, _)
         grad, target, _, unit, _ = ctx.saved_tensors
+        own = _is_plain(grad_loss) and grad.data_ptr() == ctx.logits.data_ptr()
+        if not own:  # as hooks of saved tensors gave it
+            return _Loss.backward(ctx, grad_loss, grad_grad, _)
         options = ctx.options
         scale = (unit, target, options.ignore_index, options.smoothed, options.reduction)
         ctx.maybe_clear_saved_tensors()
         ctx.logits = None
-        own = _is_plain(grad_loss)
         return _times(grad.detach(), grad_loss, *scale, own), None, None, None, None
 
 

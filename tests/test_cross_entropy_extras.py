@@ -472,6 +472,37 @@ OF_OP = [
 ]
 
 
+def test_traced_by_fx() -> None:
+    """What is given to the graph decides, as it does without one."""
+    logits, target = make_logits(SHAPE), make_target(make_logits(SHAPE))
+    weights = keywords_of(ALL, torch.Size([9]))["token_weight"]
+    for module in (fastopt.CrossEntropyLoss(softcap=2.0), fastopt.CrossEntropyLoss()):
+        graph = torch.fx.symbolic_trace(module)
+        for others in ((), (weights,), (weights, 5)):
+            assert_same_bits(graph(logits, target, *others), module(logits, target, *others))
+    linear = fastopt.LinearCrossEntropyLoss(7, 5)
+    graph = torch.fx.symbolic_trace(linear)
+    for others in ((), (weights, 5)):
+        found = (f(logits, target % 5, *others) for f in (graph, linear))
+        assert_same_bits(*found)
+
+
+@pytest.mark.stock
+def test_labels_of_uint8() -> None:
+    """Of which 156 is no -100."""
+    logits, target = make_logits((3, 200)), torch.tensor([156, 7, 199])
+    found = fastopt.cross_entropy(logits, target.to(torch.uint8), denominator=3)
+    torch.testing.assert_close(found, F.cross_entropy(logits, target))
+
+
+def test_inplace_under_hooks_of_saved_tensors() -> None:
+    leaf = make_logits(SHAPE).requires_grad_()
+    right = torch.autograd.grad(3 * F.cross_entropy(leaf, make_target(leaf)), leaf)[0]
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        loss = 3 * fastopt.cross_entropy(leaf * 1, make_target(leaf), inplace=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], right)
+
+
 def test_the_ops_in_both_definitions() -> None:
     """opcheck, and the reference against the loop."""
     for dtype in (torch.float64, torch.bfloat16):
