@@ -524,6 +524,44 @@ def test_the_ops_in_both_definitions() -> None:
             assert_all_close([ours[0].double()], [right[0].double()], rtol=1e-2, atol=1e-2)
 
 
+def test_nonsense_raises() -> None:
+    """Of what the op has beyond linear_cross_entropy, whose checks are its own, too."""
+    call = arguments(rows=True)
+    n = len(call["target"])
+    right = {
+        **call,
+        "grad_entropy": torch.ones(n),
+        "logit_scale": 1.0,
+        "softcap": 2.0,
+        "stats": True,
+    }
+    ops.linear_cross_entropy_rows(**right)
+    for name, values in {
+        "grad_entropy": [torch.ones(n + 1), torch.ones(n, 1), torch.tensor(1.0)],
+        "logit_scale": [0.0, -1.0, math.nan, math.inf],
+        "softcap": [-1.0, math.nan, math.inf],
+        "grad_loss": [torch.ones(n + 1), torch.ones(n, 1)],
+        "target": [torch.full((n,), 2**62), torch.zeros(n - 1, dtype=torch.int64)],
+    }.items():
+        for value in values:
+            with pytest.raises((RuntimeError, IndexError)):
+                ops.linear_cross_entropy_rows(**{**right, name: value})
+
+
+@pytest.mark.usefixtures("small_chunks", "filled_empties")
+def test_every_element_is_written() -> None:
+    """Where fresh memory holds NaN."""
+    for ignored in (0.0, 0.4, 2.0):
+        call = make_call(SHAPES[4], ignored=ignored)
+        for reduction in ("sum", "none"):
+            keywords = {**keywords_of(ALL, call["target"].shape), "reduction": reduction}
+            del keywords["denominator"]
+            mine, leaves = leaves_of(call)
+            loss, stats = fastopt.linear_cross_entropy(**mine, **keywords)
+            found = [loss, *stats, *grads(loss, leaves, False)]
+            assert all(x.isfinite().all() for x in found)
+
+
 def test_reports_count_them() -> None:
     leaf = make_logits(SHAPE).requires_grad_()
     with fastopt.reporting() as report:
