@@ -64,7 +64,7 @@ def linear_logprobs(
         ValueError: temperature or softcap is not positive and finite; shapes do not fit.
         TypeError: temperature, softcap or entropy of another type; target is not int64.
         IndexError: a token outside [0, C) that is not ignore_index. On a GPU see cross_entropy.
-        Whatever torch.nn.functional.linear raises for the same arguments.
+        Exception: whatever torch.nn.functional.linear raises for the same arguments.
 
     A clipped policy loss (PPO, GRPO) with an entropy bonus, of hidden states (B, T, H), completion
     tokens (B, T), -100 where there are none, and log-probabilities from when they were sampled::
@@ -123,7 +123,7 @@ def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
         index: classes, int64, shape (...), or (..., K) for K of them each.
 
     Returns:
-        Log-probabilities, shaped like index, in the logits' dtype: half precision computes in float32
+        Log-probabilities, shaped like index, in the logits' dtype; half precision computes in float32
         and rounds once.
 
     Raises:
@@ -161,7 +161,7 @@ def entropy_from_logits(logits: Tensor, chunk_size: int | None = None) -> Tensor
         chunk_size: how many rows at a time. Default: our own rule.
 
     Returns:
-        Entropies, shape (...), in the logits' dtype: half precision computes in float32 and rounds
+        Entropies, shape (...), in the logits' dtype; half precision computes in float32 and rounds
         once. Can be differentiated in every way; beside the gradient backward holds a few rows.
 
     Raises:

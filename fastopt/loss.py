@@ -244,10 +244,6 @@ def cross_entropy(
             logit_scale. They hold the gradient then, and their version is incremented, so that
             autograd refuses what needs them as they were. Without a gradient it changes nothing.
 
-        Arguments from lse_square_scale on are not torch's; torch.jit.script refuses them. softcap and
-        logit_scale need up to two tensors shaped like the logits more, in float32 (float64 of
-        float64); linear_cross_entropy needs none.
-
     Returns:
         The loss, 0-dim, or shaped like the class indices for reduction "none"; in the logits'
         dtype (promoted with probabilities; float32 under autocast, as stock has it), or loss_dtype.
@@ -270,6 +266,10 @@ def cross_entropy(
     logits where those are dense (channels_last, say), stock's is always contiguous. On CPU the memory of
     a gradient of 32 MB or more that goes on to another node of the graph serves the next one, too
     (fastopt.empty_cache() gives it back): its storage cannot be resized.
+
+    Arguments from lse_square_scale on are not torch's, and torch.jit.script refuses them. softcap and
+    logit_scale need up to two tensors shaped like the logits more, in float32 (float64 of float64);
+    linear_cross_entropy needs none.
     """
     if type(lse_square_scale) is not float:
         lse_square_scale = extras.real("lse_square_scale", lse_square_scale)
