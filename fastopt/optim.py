@@ -58,9 +58,10 @@ class SGD(torch.optim.SGD):
     Served by our kernels: dense parameters on CPU and, where a family of GPU kernels is available
     and gave right values on that GPU, on CUDA and ROCm, of any shape in float32, float64, bfloat16
     and float16, mixed at will, whose gradient and momentum buffer have their dtype and memory
-    order; on GPU also DTensors, by their local shards. All else (other devices, sparse, complex,
-    overlapping memory, tensor subclasses, tensors with a gradient as options) takes torch's path,
-    parameter by parameter.
+    order; DTensors (FSDP2, tensor parallelism) by their local shards, where gradient and buffer are
+    sharded as their parameter is. All else (other devices, sparse, complex, overlapping memory,
+    other tensor subclasses, tensors with a gradient as options) takes torch's path, parameter by
+    parameter.
 
     What follows about GPUs is tested on CPUs (what ran where: bench/results/LEDGER.md). On GPU a step
     never waits for the device. lr, momentum, dampening and weight_decay may be tensors there, which

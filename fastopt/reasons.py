@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastopt import backends, layouts, loss, selfcheck
 from fastopt.options import REDUCTIONS
-from fastopt.sgd import gather, launch, step
+from fastopt.sgd import gather, launch, shards, step
 from fastopt.sgd.table import FLOAT64_SERVED, NOT_SERVED, SERVED, Groups
 
 _NO_KERNELS = "there are no kernels of fastopt for the {} here: `python -m fastopt` says why"
@@ -186,29 +186,32 @@ def of_param(options: dict[str, Any], param: Any, grad: Any, buffer: Any) -> str
     if group.has_momentum and buffer is not None:
         tensors.append(("momentum buffer", buffer))
     for name, x in tensors:
-        x = x if on_gpu is None else _shard_of(x)
-        if reason := _of_tensor(name, x, device):
+        if (memory := shards.local(x)) is None:
+            memory = x
+        if reason := _of_tensor(name, memory, device):
             return reason
-        if x.dtype is not param.dtype:
-            return f"{name} is {_dtype(x)}, parameter is {_dtype(param)}"
-        if x.shape != param.shape:
-            return f"{name} is {_shape(x)}, parameter is {_shape(param)}"
-        if name == "parameter" and not layouts.is_dense(x):
-            return f"parameter is not dense: shape {_shape(x)}, strides {x.stride()}"
-        steps = zip(param.shape, param.stride(), x.stride(), strict=True)
+        if not shards.same_sharding(param, x):
+            return f"{name} is not sharded as its parameter is"
+        if name == "parameter":
+            shard = memory
+        if memory.dtype is not shard.dtype:
+            return f"{name} is {_dtype(memory)}, parameter is {_dtype(shard)}"
+        if memory.shape != shard.shape:
+            return f"{name} is {_shape(memory)}, parameter is {_shape(shard)}"
+        if name == "parameter" and not layouts.is_dense(shard):
+            return f"parameter is not dense: shape {_shape(shard)}, strides {shard.stride()}"
+        steps = zip(shard.shape, shard.stride(), memory.stride(), strict=True)
         if any(size > 1 and a != b for size, a, b in steps):
-            return f"{name} has strides {x.stride()}, parameter {param.stride()}"
+            return f"{name} has strides {memory.stride()}, parameter {shard.stride()}"
     if group.served == FLOAT64_SERVED and param.dtype is not torch.float64:
         return "options are beyond float32"
     assert group.served in (SERVED, FLOAT64_SERVED)
     return None
 
 
-def _shard_of(x: Any) -> Any:
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
 def _of_tensor(name: str, x: Any, device: torch.device) -> str | None:
+    if shards.is_dtensor(x):
+        return f"{name} is a DTensor that has yet to arrive or to be summed up"
     if type(x) not in gather.PLAIN:
         return _subclass(name, x)
     if x.layout is not torch.strided:

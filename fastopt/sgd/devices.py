@@ -9,7 +9,6 @@ the question whether a momentum buffer holds a value already are left for the ke
 """
 
 import ctypes
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastopt import selfcheck
-from fastopt.sgd import gather, launch
+from fastopt.sgd import gather, launch, shards
 from fastopt.sgd.gather import PLAIN
 from fastopt.sgd.table import NEEDS_BUFFER, OVERLAPPING, READY, TORCH, Groups, Launch, SgdRow
 
@@ -39,47 +38,9 @@ def capturing(device: torch.device) -> bool:
 captured: list[Any] = []
 
 
-def _dtensor(tensor: Any) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _local(tensor: Any) -> Tensor | None:
-    """The memory of a tensor: itself, or the local shard of a DTensor. None if there is more to
-    it: other subclasses, shards that have yet to arrive."""
-    if type(tensor) in PLAIN:
-        return tensor
-    if _dtensor(tensor):
-        shard = tensor.to_local()
-        if type(shard) in PLAIN:
-            return shard
-    return None
-
-
-def _same_sharding(param: Any, other: Any) -> bool:
-    if type(param) in PLAIN or type(other) in PLAIN:
-        return type(param) in PLAIN and type(other) in PLAIN
-    return (
-        param.shape == other.shape
-        and param.placements == other.placements
-        and param.device_mesh == other.device_mesh
-    )
-
-
-def _shard(param: Any, tensor: Any) -> Any:
-    """The memory of a tensor that goes with a parameter. None for None; something that gather does
-    not take for a tensor if the kernels cannot take it."""
-    if tensor is None:
-        return None
-    shard = _local(tensor)
-    if shard is None or _local(param) is None or not _same_sharding(param, tensor):
-        return ...
-    return shard
-
-
 def gpu_of(param: Any) -> torch.device | None:
     """The GPU whose DeviceStep has room for it. Whether kernels then update it, gather decides."""
-    if launch.family() is None or _local(param) is None or not serves(param.device):
+    if launch.family() is None or shards.local(param) is None or not serves(param.device):
         return None
     device: torch.device = param.device
     return device
@@ -179,6 +140,7 @@ class DeviceStep:
         self.unsure = False  # whether `known` may hold buffers that have not started
         self.groups = Groups((), device)
         self.reader = READER(self.count, group_of, device)
+        self.shards = shards.Shards()
 
     def adopt(self, other: "DeviceStep", buffers: Sequence[Any]) -> None:
         """Take over what another, or it itself before, knows of these buffers."""
@@ -266,19 +228,21 @@ class DeviceStep:
         self, params: tuple[Any, ...], grads: tuple[Any, ...], buffers: tuple[Any, ...]
     ) -> Gathered:
         reader = self.reader
-        shards = [params, grads, buffers]
-        seen = reader.read(self.groups, *shards)
-        sharded = bool(seen & TORCH) and any(map(_dtensor, params))
+        local: tuple[tuple[Any, ...], ...] = params, grads, buffers
+        seen = reader.read(self.groups, *local)
+        sharded = bool(seen & TORCH) and shards.any_dtensor(params)
         if sharded:
-            shards = [tuple(map(_shard, params, tensors)) for tensors in shards]
-            seen = reader.read(self.groups, *shards)
+            local = self.shards.of(params, grads, buffers)
+            seen = reader.read(self.groups, *local)
         if seen & NEEDS_BUFFER and not seen & OVERLAPPING:
             buffers = tuple(
                 self._new_buffer(grad) if verdict == NEEDS_BUFFER else buffer
                 for grad, buffer, verdict in zip(grads, buffers, reader.verdicts, strict=True)
             )
-            shards[2] = tuple(map(_shard, params, buffers)) if sharded else buffers
-            seen = reader.read(self.groups, *shards)
+            local = *local[:2], buffers
+            if sharded:
+                local = self.shards.of(params, grads, buffers)
+            seen = reader.read(self.groups, *local)
         ready: Sequence[int] = range(self.count)
         left = []
         if seen & OVERLAPPING:
@@ -327,7 +291,7 @@ class DeviceStep:
             changed = [tensors[i] for tensors in (params, buffers) for i in gathered.ready]
         if not groups.all_momentum:
             changed = [tensor for tensor in changed if tensor is not None]
-        changed += [t.to_local() for t in changed if type(t) not in PLAIN]
+        changed += [t._local_tensor for t in changed if type(t) not in PLAIN]
         increment_version(changed)
 
     def _settle(self, gathered: Gathered, made: list[int]) -> bool:

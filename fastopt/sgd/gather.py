@@ -155,6 +155,20 @@ def grads_of(params: tuple[Any, ...]) -> tuple[Any, ...]:
     return _grads(_PYTHON, id(params) + _ITEMS, len(params))
 
 
+def attributes_of(name: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What gets this attribute of each object, as grads_of gets theirs."""
+    get = attrgetter(name)
+    if LAYOUT is None:
+        return lambda objects: tuple(map(get, objects))
+    python = SgdPython.from_buffer_copy(_python)
+    python.grad = id(name)
+
+    def attributes(objects: tuple[Any, ...], named: Any = (python, name)) -> tuple[Any, ...]:
+        return _grads(ctypes.addressof(named[0]), id(objects) + _ITEMS, len(objects))
+
+    return attributes
+
+
 _NO_STATE: dict[str, Any] = {}
 
 

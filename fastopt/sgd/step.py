@@ -24,7 +24,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.sgd import sgd
 from torch.utils._device import DeviceContext
 
-from fastopt.sgd import gather, launch
+from fastopt.sgd import gather, launch, shards
 from fastopt.sgd.devices import Devices, buffers_of, capturing, gpu_of, places, serves
 from fastopt.sgd.gather import Gather, grads_of, momentum_buffers_of
 from fastopt.sgd.table import NAMES, NEEDS_BUFFER, NO_GRADIENT, READY, TORCH, Groups
@@ -132,10 +132,12 @@ class _Plan:
         # Those of GPUs, if all are there: where parameters were; gather finds what has moved.
         self.devices: dict[torch.device, list[int]] | None = None
         self.gather: Gather | None = None
+        self.shards = shards.Shards()
         self.group_of: tuple[int, ...]
         self.groups: Groups
         if last is not None and last.sizes == sizes:
             self.devices, self.group_of, self.gather = last.devices, last.group_of, last.gather
+            self.shards = last.shards
             self.groups = last.groups.replaced(options)
         else:
             on_gpus = places(params) if launch.family() else {}
@@ -183,6 +185,9 @@ def _whole_step(optimizer: Any, scale: Scale) -> bool:
         inv_scale = scale.address
     packed = plan.groups
     seen = plan.gather.step(packed, params, grads, buffers, inv_scale)
+    if seen & TORCH and shards.any_dtensor(params):
+        local = plan.shards.of(params, grads, buffers)
+        seen = plan.gather.step(packed, *local, inv_scale)
     if seen & ~(READY | NO_GRADIENT):
         return False
     some_momentum = buffers and not packed.all_momentum
@@ -316,6 +321,9 @@ class _Run:
         if self.table is not None and self.table.fits(*tensors):
             inv_scale, first_step = self.scale.address, bytes(self.first_step)
             end, verdict = self.table.run(begin, self.groups, tensors, inv_scale, first_step)
+            if verdict == TORCH and shards.any_dtensor(tensors[0][begin:end]):
+                local = self._local(begin, end, tensors)
+                end, verdict = self.table.run(begin, self.groups, local, inv_scale, first_step)
         if verdict == NEEDS_BUFFER:  # the kernel fills them
             for i in range(begin, end):
                 self.buffers[i] = torch.empty_like(self.grads[i])
@@ -333,6 +341,13 @@ class _Run:
             return end
         gpus = (i for i in range(begin, end) if gpu_of(self.params[i]) is not None)
         return self._by_torch(begin, next(gpus, end))
+
+    @staticmethod
+    def _local(begin: int, end: int, tensors: tuple[Any, ...]) -> Any:
+        """The same, but in [begin, end) the memory of DTensors."""
+        parts = shards.locals_of(*(t[begin:end] for t in tensors if t))
+        own = iter(parts)
+        return tuple(t and t[:begin] + next(own) + t[end:] for t in tensors)
 
     def _on_gpu(self, device: torch.device, begin: int) -> int:
         """As on CPU."""
