@@ -14,6 +14,7 @@ from fastopt.memory import empty_cache
 from fastopt.optim import SGD
 
 if TYPE_CHECKING:
+    from fastopt import distributed as distributed
     from fastopt.patching import patch, patched, unpatch
     from fastopt.reports import report, reporting
 
@@ -45,10 +46,12 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """What few scripts need is imported when it is asked for."""
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name == "distributed":
+        return importlib.import_module("fastopt.distributed")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
     return value
 

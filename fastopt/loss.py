@@ -261,6 +261,12 @@ def cross_entropy(
             had overwritten were changed, or second derivatives need them (lse_square_scale).
         Exception: whatever torch.nn.functional.cross_entropy raises for the same arguments.
 
+    DTensors are served where classes, rows or nothing of the logits is sharded, the classes on one
+    dimension of the mesh, and the target lies as loss_parallel() asks for. Classes sharded, the logits
+    are kept for backward, which cannot be differentiated again. The loss is replicated, shaped and placed
+    like the target (reduction "none"), or Partial("sum") where rows are sharded, of a mean over all
+    rows. Labels out of range raise on every rank that shares the row's classes, and of a mean on all.
+
     Differences from stock: half precision accumulates and counts in float32 and rounds once; rows that
     are ignored get gradient 0 even where their logits are NaN; the gradient has the strides of the
     logits where those are dense (channels_last, say), stock's is always contiguous. On CPU the memory of
@@ -302,6 +308,10 @@ def cross_entropy(
             input, target, weight, enum, ignore_index, label_smoothing
         )
     served = _serves(input, target, weight, ignore_index, reduction, label_smoothing)
+    if not served and type(input) not in _TENSOR_TYPES and size_average is reduce is None:
+        told = (ignore_index, reduction, label_smoothing, lse_square_scale)
+        if (of_ranks := _of_ranks(input, target, weight, *told)) is not None:
+            return of_ranks
     if not served:  # with z-loss, too, stock says what is wrong
         loss = _by_torch(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -398,6 +408,18 @@ def _served_dtype(logits: Tensor, target: Tensor) -> torch.dtype:
     if target.dtype is torch.int64:
         return dtype
     return torch.promote_types(dtype, _loss_dtype(target))
+
+
+def _of_ranks(logits: Any, *call: Any) -> Tensor | None:
+    """The loss of a DTensor, or of what has yet to arrive, where it is ours; else None."""
+    if torch.compiler.is_compiling() or type(logits).__name__ not in _OF_RANKS:
+        return None
+    from fastopt import distributed
+
+    return distributed.of_subclass(logits, *call)
+
+
+_OF_RANKS = ("DTensor", "AsyncCollectiveTensor")
 
 
 def _by_torch(*call: Any) -> Tensor:  # reports.py replaces this, as it does _cross_entropy

@@ -102,9 +102,8 @@ def steps(
 
 
 def check_options() -> None:
-    for name, options in OPTIONS.items():
-        if not name.endswith("_max") or name == "nesterov_decay_max":
-            steps(leaves, **options)
+    for name in ("plain", "momentum_decay", "damped", "nesterov_decay_max"):
+        steps(leaves, **OPTIONS[name])
     steps(leaves, lr=torch.tensor(0.1), momentum=0.9)
     for flag in ("foreach", "fused"):
         steps(leaves, lr=0.1, momentum=0.9, **{flag: True})

@@ -16,7 +16,7 @@ if not dist.is_available():
     pytest.skip("torch was built without distributed", allow_module_level=True)
 
 WORLD_SIZES = (1, 2, 3)
-MODULES = "distributed_sgd_cases"
+MODULES = "distributed_sgd_cases,distributed_loss_cases"
 CASES = [case.__name__ for case in ranks.cases(MODULES)]
 pytestmark = pytest.mark.xdist_group("distributed")
 

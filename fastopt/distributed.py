@@ -1,0 +1,555 @@
+"""The loss where ranks share its classes or its rows: over a process group, and of DTensors.
+
+    cross_entropy    logits whose classes are spread over a group, as a column-parallel head leaves them
+    of_dtensor       fastopt.cross_entropy of a DTensor
+    count            what a mean over the rows of all ranks divides by
+
+Each rank sweeps its own classes and keeps four numbers of a row, RowStats of csrc/rules/softmax.h.
+One all-gather takes them to all ranks, which merge the same numbers in the same order: to the same
+bits. Backward asks nobody. loss_parallel of torch takes three all-reduces.
+
+In plain torch, some rows at a time: beyond the logits there is no more memory than their gradient.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from fastopt import layouts, loss, reference
+from fastopt.options import MEAN, NONE, REDUCTIONS, SUM, Options
+
+__all__ = ["count", "cross_entropy"]
+
+# From torch 2.13 on by another name. None where torch was built without distributed.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+_CHUNK = 1 << 18  # logits at a time: 1 MB in float32, which stays in cache between the passes
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    group: Any = None,
+    num_classes: int | None = None,
+    class_start: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+) -> Tensor:
+    """fastopt.cross_entropy of logits whose classes are spread over the ranks of a group.
+
+    Args:
+        logits: of this rank's classes, which follow one another: shape (C'), (N, C') or
+            (N, C', d1, ...), C' perhaps 0; float32, float64, bfloat16 or float16. Kept for backward:
+            not to be changed in place before.
+        target: the same on every rank: class indices among all classes, int64, shape (), (N) or
+            (N, d1, ...); or probabilities of this rank's classes, shaped like logits.
+        weight: shape (C'), a factor for each class of this rank. Default: none
+        group: a ProcessGroup, or a DeviceMesh of one dimension. Default: all ranks
+        num_classes: of all ranks together. Default: C' times the size of the group
+        class_start: the first of this rank's classes. Default: where DTensor splits,
+            rank * ceil(num_classes / size)
+        ignore_index, reduction, label_smoothing, lse_square_scale: as of fastopt.cross_entropy.
+
+    Returns:
+        The loss of all classes, to the same bits on every rank; 0-dim, or shaped like the class
+        indices for reduction "none"; in the dtype in which fastopt.cross_entropy has it. Backward gives
+        each rank the gradient of its own logits, for the upstream gradient that is there, without any
+        communication. It cannot be differentiated again.
+
+    Raises:
+        IndexError: on every rank, a class index outside [0, num_classes) that is not ignore_index on
+            any of them. On a GPU, where finding out would mean waiting for it, the loss and that row's
+            gradient are NaN.
+        TypeError: dtypes that are not served; tensors of other types.
+        ValueError: shapes or options that do not go together.
+    """
+    group = _group_of(group)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("this rank is not in the group")
+    logits, target = _waited(logits), _waited(target)
+    _check(logits, target, weight, reduction, label_smoothing)
+    own = logits.shape[layouts.class_dim(logits.shape)]
+    if num_classes is None:
+        num_classes = own * size
+    if class_start is None:
+        class_start, expected = _split(num_classes, size, rank)
+        if own != expected:
+            raise ValueError(
+                f"logits have {own} classes, where rank {rank} of {size} has {expected} of"
+                f" {num_classes}: class_start says which"
+            )
+    elif not 0 <= class_start <= num_classes - own:
+        raise ValueError(f"class_start must be in [0, {num_classes - own}], got {class_start}")
+    dtype = loss._loss_dtype(logits)
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, loss._loss_dtype(target))
+    options = Options(
+        ignore_index, float(label_smoothing), REDUCTIONS[reduction], dtype, float(lse_square_scale)
+    )
+    classes = _Classes(group, size, class_start, num_classes)
+    result: Tensor = _ShardedLoss.apply(logits, target, weight, options, classes, ())
+    return result
+
+
+def count(target: Tensor, ignore_index: int = -100, *, group: Any = None) -> Tensor:
+    """How many labels of all ranks of a group count: what the mean over a batch that is shared out by
+    rows (data, context or sequence parallel) divides by.
+
+        loss = fastopt.cross_entropy(logits, target, reduction="sum") / count(target)
+
+    Args:
+        target: class indices of this rank's rows, of any shape, of which there may be none.
+        ignore_index: the class index that does not count.
+        group: a ProcessGroup, or a DeviceMesh of one dimension. Default: all ranks
+
+    Returns:
+        0-dim, int64, on target's device, which nobody waits for. One all-reduce.
+    """
+    number = (_waited(target) != ignore_index).sum()
+    dist.all_reduce(number, group=_group_of(group))
+    return number
+
+
+def _group_of(group: Any) -> Any:
+    return group.get_group() if hasattr(group, "get_group") else group
+
+
+def _split(num_classes: int, size: int, rank: int) -> tuple[int, int]:
+    """DTensor's: the first class of a rank, and how many it has."""
+    each = -(-num_classes // size)
+    start = min(rank * each, num_classes)
+    return start, min(each, num_classes - start)
+
+
+def _check(logits: Any, target: Any, weight: Any, reduction: Any, label_smoothing: float) -> None:
+    for name, x in (("logits", logits), ("target", target), ("weight", weight)):
+        if x is not None and type(x) not in loss._TENSOR_TYPES:
+            raise TypeError(f"{name} must be a Tensor of this rank's, got {type(x).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if not label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if logits.dtype not in loss._DTYPES or target.dtype not in (torch.int64, *loss._DTYPES):
+        raise TypeError(f"logits are {logits.dtype}, target is {target.dtype}")
+    if logits.dim() == 0:
+        raise ValueError("logits have no dimension")
+    rows = layouts.row_shape(logits.shape)
+    shape = rows if target.dtype is torch.int64 else logits.shape
+    if target.shape != shape:
+        raise ValueError(f"target must be {tuple(shape)}, got {tuple(target.shape)}")
+    if target.requires_grad:
+        raise ValueError("probabilities must not need a gradient")
+    if weight is not None:
+        classes = logits.shape[layouts.class_dim(logits.shape)]
+        if weight.shape != (classes,):
+            raise ValueError(f"weight must be ({classes},), got {tuple(weight.shape)}")
+        if weight.requires_grad:
+            raise ValueError("weight must not need a gradient")
+
+
+# --- the exchange ----------------------------------------------------------------------------------
+
+
+class _Classes(NamedTuple):
+    """Whose classes these are."""
+
+    group: Any
+    size: int  # of the group
+    start: int  # the first of this rank's
+    total: int  # of all ranks
+
+
+class _Rows(NamedTuple):
+    """What all ranks know of the rows, each shaped like them."""
+
+    base: Tensor  # their maximum, 0 where that is -inf
+    sum: Tensor  # sum_c exp(x_c - base)
+    dot: Tensor  # sum_c q_c (x_c - base)
+    mass: Tensor  # sum_c q_c
+    live: Tensor  # bool
+    divisor: Tensor  # 0-dim, float64: what the mean divides by
+
+
+class _Masses:
+    """q of this rank's classes, some rows at a time: own_c t_c + even_c (csrc/rules/target.h)."""
+
+    def __init__(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, of: _Classes
+    ) -> None:
+        self.exact = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        self.labels = None if target.is_floating_point() else target
+        self.probabilities = None if self.labels is not None else target
+        self.weight = None if weight is None else weight.to(self.exact)
+        self.keep, self.even = 1.0 - options.smoothing, options.smoothing / max(of.total, 1)
+        self.smoothed, self.ignore_index = options.smoothed, options.ignore_index
+        self.start, self.classes = of.start, logits.shape[1]
+        self.w: Any = 1.0 if weight is None else layouts.along_classes(self.weight, logits)
+        even = self.classes if self.weight is None else self.weight.sum(dtype=torch.float64)
+        self.of_smoothing = even * self.even
+
+    def label(self, part: slice) -> tuple[Tensor, Tensor]:
+        """The place of each row's label among the classes here, and its own mass: 0 at some other
+        class where the label is not here."""
+        assert self.labels is not None
+        place = self.labels[part] - self.start
+        here = (place >= 0) & (place < self.classes) & (self.labels[part] != self.ignore_index)
+        place = torch.where(here, place, 0)
+        of_label = self.keep if self.weight is None else self.keep * self.weight[place]
+        return place.unsqueeze(1), torch.where(here, of_label, 0.0).to(self.exact)
+
+    def of_probabilities(self, part: slice) -> Tensor:
+        assert self.probabilities is not None
+        return self.w * (self.keep * self.probabilities[part].to(self.exact) + self.even)
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    rows = logits.shape[0]
+    step = max(1, _CHUNK * max(rows, 1) // max(logits.numel(), 1))
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def _sweep(logits: Tensor, masses: _Masses, stats: Tensor) -> None:
+    """Fill in (max, sum, dot, mass) of every row over this rank's classes."""
+    stats.zero_()[0].fill_(-math.inf)
+    if masses.classes == 0:
+        return
+    for part in _chunks(logits):
+        x = logits[part].to(masses.exact)
+        largest = x.amax(1)
+        x = x - largest.masked_fill(largest == -math.inf, 0).unsqueeze(1)
+        if masses.labels is None:
+            q = masses.of_probabilities(part)
+            dot, mass = (q * x).sum(1), q.sum(1)
+        else:
+            place, mass = masses.label(part)
+            of_label = x.gather(1, place).squeeze(1)
+            # An infinite weight's inf * 0 is no NaN; neither is 0 * -inf of a label elsewhere.
+            dot = torch.where((of_label == 0) | (mass == 0), 0, mass * of_label)
+            if masses.smoothed:
+                dot = dot + (masses.w * x).sum(1) * masses.even
+                mass = mass + masses.of_smoothing
+        stats[0, part], stats[2, part], stats[3, part] = largest, dot, mass
+        stats[1, part] = x.exp_().sum(1)
+
+
+def _exchange(
+    logits: Tensor, masses: _Masses, of: _Classes, batch_groups: tuple[Any, ...]
+) -> _Rows:
+    shape = layouts.row_shape(logits.shape)
+    rows = math.prod(shape)
+    own = logits.new_empty(4 * rows + 2, dtype=masses.exact)
+    stats = own[: 4 * rows].view(4, *shape)
+    _sweep(logits, masses, stats)
+    live = logits.new_ones(shape, dtype=torch.bool)
+    wrong = logits.new_zeros(shape, dtype=torch.bool)
+    own[4 * rows :] = 0
+    if masses.labels is not None:
+        live = masses.labels != masses.ignore_index
+        wrong = live & ((masses.labels < 0) | (masses.labels >= of.total))
+        place = masses.labels - masses.start
+        here = live & (place >= 0) & (place < masses.classes)
+        if masses.weight is None:
+            own[4 * rows] = here.sum()
+        elif masses.classes:
+            weights = masses.weight[torch.where(here, place, 0)]
+            own[4 * rows] = torch.where(here, weights, 0).sum(dtype=torch.float64)
+        own[4 * rows + 1] = wrong.any()
+    every = own.new_empty(of.size * own.numel())
+    _all_gather(every, own, group=of.group)
+    every = every.view(of.size, -1)
+
+    largest, sums, dots, mass = every[:, : 4 * rows].view(of.size, 4, *shape).unbind(1)
+    bases = largest.masked_fill(largest == -math.inf, 0)
+    largest = largest.amax(0)
+    base = largest.masked_fill(largest == -math.inf, 0)
+    shift = bases - base
+    # Nothing summed up, no mass: 0 * inf must not become NaN.
+    total = torch.where(sums == 0, 0, sums * shift.exp()).sum(0)
+    total = torch.where(largest == -math.inf, math.nan, total)  # no softmax, as in torch
+    dot = (dots + torch.where(mass == 0, 0, mass * shift)).sum(0)
+    dot = torch.where(wrong, math.nan, dot)
+    of_all = every[:, 4 * rows :].sum(
+        0, dtype=torch.float64
+    )  # the divisor, and labels out of range
+    if masses.labels is None:
+        of_all[0] = rows
+    for group in batch_groups:
+        dist.all_reduce(of_all, group=group)
+    if masses.labels is not None and logits.is_cpu and of_all[1] != 0:
+        raise _out_of_bounds(masses.labels, wrong)
+    divisor = of_all[0]
+    if masses.smoothed:  # weights that add up to 0 make label smoothing's part NaN
+        divisor = torch.where(divisor == 0, math.nan, divisor)
+    return _Rows(base, total, dot, torch.where(wrong, math.nan, mass.sum(0)), live, divisor)
+
+
+def _out_of_bounds(labels: Tensor, wrong: Tensor) -> IndexError:
+    if wrong.any():
+        return IndexError(f"Target {labels[wrong][0].item()} is out of bounds.")
+    return IndexError("Target is out of bounds on another rank.")
+
+
+class _ShardedLoss(torch.autograd.Function):
+    """Saves the logits and three numbers a row; backward reads the logits again, and asks nobody."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, options, of, batch_groups):
+        x, t = (logits, target) if logits.dim() > 1 else (logits[None], target[None])
+        masses = _Masses(x, t, weight, options, of)
+        rows = _exchange(x, masses, of, batch_groups)
+        log_sum = rows.sum.log()
+        result = rows.mass * log_sum - rows.dot
+        factor = rows.mass
+        if options.lse_square_scale != 0.0:
+            lse = rows.base + log_sum
+            result = result + options.lse_square_scale * lse * lse
+            factor = factor + 2 * options.lse_square_scale * lse
+        result = torch.where(rows.live, result, 0)
+        if options.reduction != NONE:
+            result = result.sum(dtype=torch.float64)
+        if options.reduction == MEAN:
+            result = result / rows.divisor
+        elif options.reduction == NONE and logits.dim() == 1:
+            result = result[0]
+        ctx.save_for_backward(
+            logits, target, weight, rows.base, factor / rows.sum, rows.live, rows.divisor
+        )
+        ctx.options, ctx.of = options, of
+        return result.to(options.loss_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        logits, target, weight, base, factor, live, divisor = ctx.saved_tensors
+        x, t = (logits, target) if logits.dim() > 1 else (logits[None], target[None])
+        masses = _Masses(x, t, weight, ctx.options, ctx.of)
+        upstream = grad_loss.to(torch.float64 if ctx.options.reduction == MEAN else masses.exact)
+        if ctx.options.reduction == MEAN:
+            upstream = upstream / divisor
+        upstream = upstream.to(masses.exact).expand(live.shape)
+        grad = torch.empty_like(x)
+        for part in _chunks(x) if masses.classes else ():
+            up = upstream[part]
+            exact = grad.dtype is masses.exact
+            g = grad[part] if exact else grad.new_empty(grad[part].shape, dtype=masses.exact)
+            torch.sub(x[part], base[part].unsqueeze(1), out=g)
+            g.exp_().mul_((up * factor[part]).unsqueeze(1))
+            if masses.labels is None:
+                g.sub_(up.unsqueeze(1) * masses.of_probabilities(part))
+            else:
+                if masses.smoothed:
+                    g.sub_((up * masses.even).unsqueeze(1) * masses.w)
+                place, mass = masses.label(part)
+                g.scatter_add_(1, place, torch.where(mass == 0, 0, -up * mass).unsqueeze(1))
+            g.masked_fill_(~live[part].unsqueeze(1), 0)
+            if not exact:
+                grad[part] = g
+        return grad if logits.dim() > 1 else grad[0], None, None, None, None, None
+
+
+# --- subclasses of tensors ---------------------------------------------------------------------------
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.trigger_wait().detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def _waited(x: Any) -> Any:
+    """What an AsyncCollectiveTensor becomes when its collective is over; all else as it is."""
+    if type(x).__name__ != "AsyncCollectiveTensor":
+        return x
+    return _Wait.apply(x) if x.requires_grad and torch.is_grad_enabled() else x.trigger_wait()
+
+
+def of_subclass(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    lse_square_scale: float,
+) -> Tensor | None:
+    """fastopt.cross_entropy of logits that are a DTensor, or have yet to arrive. None: torch's."""
+    if type(logits).__name__ == "AsyncCollectiveTensor":
+        return loss.cross_entropy(
+            *(_waited(logits), _waited(target), weight, None),
+            *(ignore_index, None, reduction, label_smoothing),
+            lse_square_scale=lse_square_scale,
+        )
+    from torch.distributed.tensor import DTensor
+
+    if (
+        type(logits) is not DTensor
+        or torch.compiler.is_compiling()
+        or loss._transforms_active()
+        or forward_ad._current_level >= 0
+        or loss._tracing_state() is not None
+        or not loss._only_a_default_device(None)
+        or type(reduction) is not str
+        or reduction not in REDUCTIONS
+        or type(ignore_index) is not int
+        or type(label_smoothing) not in (float, int)
+        or not label_smoothing <= 1.0
+    ):
+        return None
+    call = _placed(logits, target, weight)
+    if call is None:
+        return None
+    options = Options(
+        ignore_index,
+        float(label_smoothing),
+        REDUCTIONS[reduction],
+        call.loss_dtype,
+        lse_square_scale,
+    )
+    return call.loss(options)
+
+
+class _Placed(NamedTuple):
+    """A call whose tensors are placed as one of ours: local tensors, and where results belong."""
+
+    logits: Any  # DTensor
+    target: Tensor
+    weight: Tensor | None  # of all classes
+    class_dims: tuple[int, ...]  # of the mesh: none or one
+    row_placements: tuple[Any, ...]
+    loss_dtype: torch.dtype
+
+    def loss(self, options: Options) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh = self.logits.device_mesh
+        local = _waited(self.logits.to_local())
+        batch = [i for i, p in enumerate(self.row_placements) if p.is_shard()]
+        groups = tuple(mesh.get_group(i) for i in batch)
+        if self.class_dims:
+            i, dim = self.class_dims[0], layouts.class_dim(self.logits.shape)
+            classes, size = self.logits.shape[dim], mesh.size(i)
+            start, own = _split(classes, size, mesh.get_local_rank(i))
+            if local.shape[dim] != own:
+                raise ValueError(f"{local.shape[dim]} classes are here, where DTensor has {own}")
+            weight = None if self.weight is None else self.weight[start : start + own]
+            of = _Classes(mesh.get_group(i), size, start, classes)
+            result = _ShardedLoss.apply(local, self.target, weight, options, of, groups)
+        else:
+            result = _of_rows(local, self.target, self.weight, options, groups)
+        placements = self.row_placements
+        if options.reduction != NONE:
+            placements = tuple(Partial() if p.is_shard() else p for p in placements)
+        shape = layouts.row_shape(self.logits.shape) if options.reduction == NONE else ()
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            result, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
+        )
+
+
+def _of_rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    batch_groups: tuple[Any, ...],
+) -> Tensor:
+    """The loss of rows whose classes are all here; of a mean the share that these rows have in it."""
+    divisor = None
+    if options.reduction == MEAN and batch_groups:
+        of_all = logits.new_zeros(2, dtype=torch.float64)
+        if target.is_floating_point():
+            of_all[0] = math.prod(layouts.row_shape(logits.shape))
+        else:
+            classes = logits.shape[layouts.class_dim(logits.shape)]
+            live = target != options.ignore_index
+            inside = live & (target >= 0) & (target < classes)
+            weights = 1.0 if weight is None else weight[torch.where(inside, target, 0)]
+            of_all[0] = torch.where(inside, weights, 0.0).sum(dtype=torch.float64)
+            of_all[1] = (live & ~inside).any()
+        for group in batch_groups:
+            dist.all_reduce(of_all, group=group)
+        if logits.is_cpu and of_all[1] != 0:
+            raise IndexError("Target is out of bounds.")
+        divisor = of_all[0]
+        exact = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        options, dtype = options._replace(reduction=SUM, loss_dtype=exact), options.loss_dtype
+    names = {value: name for name, value in REDUCTIONS.items()}
+    question = (options.ignore_index, names[options.reduction], options.label_smoothing)
+    if loss._serves(logits, target, weight, *question):
+        result = loss._cross_entropy(logits, target, weight, tuple(options))
+    else:
+        if logits.is_cpu and not target.is_floating_point():
+            reference.check_labels(logits, target, options.ignore_index)
+        result = reference.cross_entropy(logits, target, weight, options)
+    if divisor is None:
+        return result
+    if options.smoothed:
+        divisor = torch.where(divisor == 0, math.nan, divisor)
+    return (result / divisor).to(dtype)
+
+
+def _placed(logits: Any, target: Any, weight: Any) -> _Placed | None:
+    """None where torch has to say what it means. Nothing here may be otherwise on another rank."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh, shape = logits.device_mesh, logits.shape
+    if not shape or logits.dtype not in loss._DTYPES or mesh.get_coordinate() is None:
+        return None
+    dim = layouts.class_dim(shape)
+    class_dims: list[int] = []
+    rows: list[Any] = []
+    for i, placement in enumerate(logits.placements):
+        if type(placement) is Shard:
+            place = placement.dim % len(shape)
+            if place == dim:
+                class_dims.append(i)
+                rows.append(Replicate())
+            else:
+                rows.append(Shard(place - (place > dim)))
+        elif placement.is_replicate():
+            rows.append(placement)
+        else:
+            return None
+    row_placements = tuple(rows)
+    if len(class_dims) > 1:
+        return None
+    labels = target.dtype is torch.int64 if isinstance(target, Tensor) else False
+    placements = row_placements if labels else logits.placements
+    if type(target) is DTensor:
+        if target.device_mesh != mesh or target.placements != placements:
+            return None
+    elif not isinstance(target, Tensor) or any(p.is_shard() for p in placements):
+        return None
+    if target.shape != (layouts.row_shape(shape) if labels else shape):
+        return None
+    if not labels and (target.dtype not in loss._DTYPES or target.requires_grad):
+        return None
+    if weight is not None:
+        if type(weight) is DTensor and not all(p.is_replicate() for p in weight.placements):
+            return None
+        if weight.shape != (shape[dim],) or weight.requires_grad:
+            return None
+    local = [_waited(x.to_local() if type(x) is DTensor else x) for x in (target, weight)]
+    if any(x is not None and type(x) not in loss._TENSOR_TYPES for x in local):
+        return None
+    dtype = loss._loss_dtype(logits)
+    if not labels:
+        dtype = torch.promote_types(dtype, loss._loss_dtype(target))
+    if weight is not None and loss._loss_dtype(weight) != loss._loss_dtype(logits):
+        return None
+    return _Placed(logits, local[0], local[1], tuple(class_dims), row_placements, dtype)
