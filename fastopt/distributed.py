@@ -78,7 +78,7 @@ def cross_entropy(
     if rank < 0:
         raise ValueError("this rank is not in the group")
     logits, target = _waited(logits), _waited(target)
-    _check(logits, target, weight, reduction, label_smoothing)
+    _check(logits, target, weight, ignore_index, reduction, label_smoothing)
     own = logits.shape[layouts.class_dim(logits.shape)]
     if num_classes is None:
         num_classes = own * size
@@ -132,7 +132,14 @@ def _split(num_classes: int, size: int, rank: int) -> tuple[int, int]:
     return start, min(each, num_classes - start)
 
 
-def _check(logits: Any, target: Any, weight: Any, reduction: Any, label_smoothing: float) -> None:
+def _check(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    ignore_index: int,
+    reduction: Any,
+    label_smoothing: float,
+) -> None:
     for name, x in (("logits", logits), ("target", target), ("weight", weight)):
         if x is not None and type(x) not in loss._TENSOR_TYPES:
             raise TypeError(f"{name} must be a Tensor of this rank's, got {type(x).__name__}")
@@ -150,6 +157,8 @@ def _check(logits: Any, target: Any, weight: Any, reduction: Any, label_smoothin
         raise ValueError(f"target must be {tuple(shape)}, got {tuple(target.shape)}")
     if target.requires_grad:
         raise ValueError("probabilities must not need a gradient")
+    if target.is_floating_point() and ignore_index >= 0:
+        raise ValueError(f"probabilities have no class to ignore, got ignore_index={ignore_index}")
     if weight is not None:
         classes = logits.shape[layouts.class_dim(logits.shape)]
         if weight.shape != (classes,):
@@ -213,10 +222,18 @@ class _Masses:
         return self.w * (self.keep * self.probabilities[part].to(self.exact) + self.even)
 
 
+def _step(logits: Tensor) -> int:
+    return max(1, _CHUNK * logits.shape[0] // max(logits.numel(), 1))
+
+
 def _chunks(logits: Tensor) -> list[slice]:
-    rows = logits.shape[0]
-    step = max(1, _CHUNK * max(rows, 1) // max(logits.numel(), 1))
+    rows, step = logits.shape[0], _step(logits)
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def _buffer(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """For a chunk: made anew for each, its pages would take longer than the arithmetic."""
+    return torch.empty_like(logits[: _step(logits)], dtype=dtype)
 
 
 def _sweep(logits: Tensor, masses: _Masses, stats: Tensor) -> None:
@@ -224,10 +241,12 @@ def _sweep(logits: Tensor, masses: _Masses, stats: Tensor) -> None:
     stats.zero_()[0].fill_(-math.inf)
     if masses.classes == 0:
         return
+    buffer = _buffer(logits, masses.exact)
     for part in _chunks(logits):
-        x = logits[part].to(masses.exact)
-        largest = x.amax(1)
-        x = x - largest.masked_fill(largest == -math.inf, 0).unsqueeze(1)
+        largest = logits[part].amax(1).to(masses.exact)
+        x = buffer[: largest.shape[0]]
+        base = largest.masked_fill(largest == -math.inf, 0).unsqueeze(1)
+        torch.sub(logits[part], base, out=x)
         if masses.labels is None:
             q = masses.of_probabilities(part)
             dot, mass = (q * x).sum(1), q.sum(1)
@@ -339,10 +358,11 @@ class _ShardedLoss(torch.autograd.Function):
             upstream = upstream / divisor
         upstream = upstream.to(masses.exact).expand(live.shape)
         grad = torch.empty_like(x)
+        exact = grad.dtype is masses.exact
+        buffer = None if exact else _buffer(x, masses.exact)
         for part in _chunks(x) if masses.classes else ():
             up = upstream[part]
-            exact = grad.dtype is masses.exact
-            g = grad[part] if exact else grad.new_empty(grad[part].shape, dtype=masses.exact)
+            g = grad[part] if buffer is None else buffer[: up.shape[0]]
             torch.sub(x[part], base[part].unsqueeze(1), out=g)
             g.exp_().mul_((up * factor[part]).unsqueeze(1))
             if masses.labels is None:
@@ -352,7 +372,8 @@ class _ShardedLoss(torch.autograd.Function):
                     g.sub_((up * masses.even).unsqueeze(1) * masses.w)
                 place, mass = masses.label(part)
                 g.scatter_add_(1, place, torch.where(mass == 0, 0, -up * mass).unsqueeze(1))
-            g.masked_fill_(~live[part].unsqueeze(1), 0)
+            if not (x.is_cpu and live[part].all()):
+                g.masked_fill_(~live[part].unsqueeze(1), 0)
             if not exact:
                 grad[part] = g
         return grad if logits.dim() > 1 else grad[0], None, None, None, None, None
@@ -411,7 +432,7 @@ def of_subclass(
     ):
         return None
     call = _placed(logits, target, weight)
-    if call is None:
+    if call is None or (call.target.is_floating_point() and ignore_index >= 0):
         return None
     options = Options(
         ignore_index,

@@ -217,6 +217,7 @@ def check_errors() -> None:
     assert error(x, target, num_classes=5 * dist.get_world_size() + 7) is ValueError
     assert error(x, target, class_start=1, num_classes=5) is ValueError
     assert error("x", target) is TypeError
+    assert error(x, x.softmax(1), ignore_index=1) is ValueError
 
 
 def check_count() -> None:
