@@ -2,6 +2,7 @@
 
     cross_entropy    logits whose classes are spread over a group, as a column-parallel head leaves them
     of_dtensor       fastopt.cross_entropy of a DTensor
+    linear_cross_entropy  the head as well, its logits never whole
     count            what a mean over the rows of all ranks divides by
 
 Each rank sweeps its own classes and keeps four numbers of a row, RowStats of csrc/rules/softmax.h.
@@ -11,7 +12,9 @@ bits. Backward asks nobody. loss_parallel of torch takes three all-reduces.
 In plain torch, some rows at a time: beyond the logits there is no more memory than their gradient.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from fastopt import layouts, loss, reference
 from fastopt.options import MEAN, NONE, REDUCTIONS, SUM, Options
 
-__all__ = ["count", "cross_entropy"]
+__all__ = ["count", "cross_entropy", "linear_cross_entropy"]
 
 # From torch 2.13 on by another name. None where torch was built without distributed.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
@@ -73,31 +76,16 @@ def cross_entropy(
         TypeError: dtypes that are not served; tensors of other types.
         ValueError: shapes or options that do not go together.
     """
-    group = _group_of(group)
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("this rank is not in the group")
     logits, target = _waited(logits), _waited(target)
     _check(logits, target, weight, ignore_index, reduction, label_smoothing)
     own = logits.shape[layouts.class_dim(logits.shape)]
-    if num_classes is None:
-        num_classes = own * size
-    if class_start is None:
-        class_start, expected = _split(num_classes, size, rank)
-        if own != expected:
-            raise ValueError(
-                f"logits have {own} classes, where rank {rank} of {size} has {expected} of"
-                f" {num_classes}: class_start says which"
-            )
-    elif not 0 <= class_start <= num_classes - own:
-        raise ValueError(f"class_start must be in [0, {num_classes - own}], got {class_start}")
+    classes = _classes(own, group, num_classes, class_start)
     dtype = loss._loss_dtype(logits)
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, loss._loss_dtype(target))
     options = Options(
         ignore_index, float(label_smoothing), REDUCTIONS[reduction], dtype, float(lse_square_scale)
     )
-    classes = _Classes(group, size, class_start, num_classes)
     result: Tensor = _ShardedLoss.apply(logits, target, weight, options, classes, ())
     return result
 
@@ -123,6 +111,26 @@ def count(target: Tensor, ignore_index: int = -100, *, group: Any = None) -> Ten
 
 def _group_of(group: Any) -> Any:
     return group.get_group() if hasattr(group, "get_group") else group
+
+
+def _classes(own: int, group: Any, num_classes: int | None, class_start: int | None) -> "_Classes":
+    """Those of this rank, which are `own`."""
+    group = _group_of(group)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("this rank is not in the group")
+    if num_classes is None:
+        num_classes = own * size
+    if class_start is None:
+        class_start, expected = _split(num_classes, size, rank)
+        if own != expected:
+            raise ValueError(
+                f"{own} classes are here, where rank {rank} of {size} has {expected} of"
+                f" {num_classes}: class_start says which"
+            )
+    elif not 0 <= class_start <= num_classes - own:
+        raise ValueError(f"class_start must be in [0, {num_classes - own}], got {class_start}")
+    return _Classes(group, size, class_start, num_classes)
 
 
 def _split(num_classes: int, size: int, rank: int) -> tuple[int, int]:
@@ -194,18 +202,33 @@ class _Masses:
     """q of this rank's classes, some rows at a time: own_c t_c + even_c (csrc/rules/target.h)."""
 
     def __init__(
-        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, of: _Classes
+        self,
+        dtype: torch.dtype,
+        classes: int,
+        target: Tensor,
+        weight: Tensor | None,
+        options: Options,
+        of: _Classes,
     ) -> None:
-        self.exact = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        self.exact = torch.float64 if dtype is torch.float64 else torch.float32
         self.labels = None if target.is_floating_point() else target
         self.probabilities = None if self.labels is not None else target
         self.weight = None if weight is None else weight.to(self.exact)
         self.keep, self.even = 1.0 - options.smoothing, options.smoothing / max(of.total, 1)
         self.smoothed, self.ignore_index = options.smoothed, options.ignore_index
-        self.start, self.classes = of.start, logits.shape[1]
-        self.w: Any = 1.0 if weight is None else layouts.along_classes(self.weight, logits)
+        self.start, self.classes = of.start, classes
+        self.w: Any = 1.0
+        if self.weight is not None:
+            positions = target.dim() - (1 if self.probabilities is None else 2)
+            self.w = self.weight.view(-1, *[1] * positions)
         even = self.classes if self.weight is None else self.weight.sum(dtype=torch.float64)
         self.of_smoothing = even * self.even
+
+    def of_rows(self, part: slice) -> "_Masses":
+        masses = copy.copy(self)
+        masses.labels = None if self.labels is None else self.labels[part]
+        masses.probabilities = None if self.probabilities is None else self.probabilities[part]
+        return masses
 
     def label(self, part: slice) -> tuple[Tensor, Tensor]:
         """The place of each row's label among the classes here, and its own mass: 0 at some other
@@ -263,15 +286,18 @@ def _sweep(logits: Tensor, masses: _Masses, stats: Tensor) -> None:
 
 
 def _exchange(
-    logits: Tensor, masses: _Masses, of: _Classes, batch_groups: tuple[Any, ...]
+    sweep: Callable[[Tensor], None],  # fills in the statistics
+    shape: torch.Size,  # of the rows
+    like: Tensor,
+    masses: _Masses,
+    of: _Classes,
+    batch_groups: tuple[Any, ...] = (),
 ) -> _Rows:
-    shape = layouts.row_shape(logits.shape)
     rows = math.prod(shape)
-    own = logits.new_empty(4 * rows + 2, dtype=masses.exact)
-    stats = own[: 4 * rows].view(4, *shape)
-    _sweep(logits, masses, stats)
-    live = logits.new_ones(shape, dtype=torch.bool)
-    wrong = logits.new_zeros(shape, dtype=torch.bool)
+    own = like.new_empty(4 * rows + 2, dtype=masses.exact)
+    sweep(own[: 4 * rows].view(4, *shape))
+    live = like.new_ones(shape, dtype=torch.bool)
+    wrong = like.new_zeros(shape, dtype=torch.bool)
     own[4 * rows :] = 0
     if masses.labels is not None:
         live = masses.labels != masses.ignore_index
@@ -305,7 +331,7 @@ def _exchange(
         of_all[0] = rows
     for group in batch_groups:
         dist.all_reduce(of_all, group=group)
-    if masses.labels is not None and logits.is_cpu and of_all[1] != 0:
+    if masses.labels is not None and like.is_cpu and of_all[1] != 0:
         raise _out_of_bounds(masses.labels, wrong)
     divisor = of_all[0]
     if masses.smoothed:  # weights that add up to 0 make label smoothing's part NaN
@@ -319,64 +345,223 @@ def _out_of_bounds(labels: Tensor, wrong: Tensor) -> IndexError:
     return IndexError("Target is out of bounds on another rank.")
 
 
+def _ended(rows: _Rows, options: Options) -> tuple[Tensor, Tensor]:
+    """The loss, and what exp(x - base) is multiplied by in the gradient of each row."""
+    log_sum = rows.sum.log()
+    result, factor = rows.mass * log_sum - rows.dot, rows.mass
+    if options.lse_square_scale != 0.0:
+        lse = rows.base + log_sum
+        result = result + options.lse_square_scale * lse * lse
+        factor = factor + 2 * options.lse_square_scale * lse
+    result = torch.where(rows.live, result, 0)
+    if options.reduction != NONE:
+        result = result.sum(dtype=torch.float64)
+    if options.reduction == MEAN:
+        result = result / rows.divisor
+    return result.to(options.loss_dtype), factor / rows.sum
+
+
+def _upstream(
+    grad_loss: Tensor, masses: _Masses, options: Options, live: Tensor, divisor: Tensor
+) -> Tensor:
+    """What each row's gradient is multiplied by."""
+    if options.reduction == MEAN:
+        grad_loss = grad_loss.double() / divisor
+    return grad_loss.to(masses.exact).expand(live.shape)
+
+
+def _write_gradient(
+    grad: Tensor,  # like x, or x
+    x: Tensor,
+    masses: _Masses,
+    upstream: Tensor,
+    base: Tensor,
+    factor: Tensor,
+    live: Tensor,
+) -> None:
+    exact = grad.dtype is masses.exact
+    buffer = None if exact else _buffer(x, masses.exact)
+    for part in _chunks(x) if masses.classes else ():
+        up = upstream[part]
+        g = grad[part] if buffer is None else buffer[: up.shape[0]]
+        torch.sub(x[part], base[part].unsqueeze(1), out=g)
+        g.exp_().mul_((up * factor[part]).unsqueeze(1))
+        if masses.labels is None:
+            g.sub_(up.unsqueeze(1) * masses.of_probabilities(part))
+        else:
+            if masses.smoothed:
+                g.sub_((up * masses.even).unsqueeze(1) * masses.w)
+            place, mass = masses.label(part)
+            g.scatter_add_(1, place, torch.where(mass == 0, 0, -up * mass).unsqueeze(1))
+        if not (x.is_cpu and live[part].all()):
+            g.masked_fill_(~live[part].unsqueeze(1), 0)
+        if buffer is not None:
+            grad[part] = g
+
+
 class _ShardedLoss(torch.autograd.Function):
     """Saves the logits and three numbers a row; backward reads the logits again, and asks nobody."""
 
     @staticmethod
     def forward(ctx, logits, target, weight, options, of, batch_groups):
         x, t = (logits, target) if logits.dim() > 1 else (logits[None], target[None])
-        masses = _Masses(x, t, weight, options, of)
-        rows = _exchange(x, masses, of, batch_groups)
-        log_sum = rows.sum.log()
-        result = rows.mass * log_sum - rows.dot
-        factor = rows.mass
-        if options.lse_square_scale != 0.0:
-            lse = rows.base + log_sum
-            result = result + options.lse_square_scale * lse * lse
-            factor = factor + 2 * options.lse_square_scale * lse
-        result = torch.where(rows.live, result, 0)
-        if options.reduction != NONE:
-            result = result.sum(dtype=torch.float64)
-        if options.reduction == MEAN:
-            result = result / rows.divisor
-        elif options.reduction == NONE and logits.dim() == 1:
-            result = result[0]
-        ctx.save_for_backward(
-            logits, target, weight, rows.base, factor / rows.sum, rows.live, rows.divisor
-        )
+        masses = _Masses(x.dtype, x.shape[1], t, weight, options, of)
+        shape = layouts.row_shape(x.shape)
+        rows = _exchange(lambda stats: _sweep(x, masses, stats), shape, x, masses, of, batch_groups)
+        result, factor = _ended(rows, options)
+        ctx.save_for_backward(logits, target, weight, rows.base, factor, rows.live, rows.divisor)
         ctx.options, ctx.of = options, of
-        return result.to(options.loss_dtype)
+        return result[0] if result.dim() > 0 and logits.dim() == 1 else result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
         logits, target, weight, base, factor, live, divisor = ctx.saved_tensors
         x, t = (logits, target) if logits.dim() > 1 else (logits[None], target[None])
-        masses = _Masses(x, t, weight, ctx.options, ctx.of)
-        upstream = grad_loss.to(torch.float64 if ctx.options.reduction == MEAN else masses.exact)
-        if ctx.options.reduction == MEAN:
-            upstream = upstream / divisor
-        upstream = upstream.to(masses.exact).expand(live.shape)
+        masses = _Masses(x.dtype, x.shape[1], t, weight, ctx.options, ctx.of)
+        upstream = _upstream(grad_loss, masses, ctx.options, live, divisor)
         grad = torch.empty_like(x)
-        exact = grad.dtype is masses.exact
-        buffer = None if exact else _buffer(x, masses.exact)
-        for part in _chunks(x) if masses.classes else ():
-            up = upstream[part]
-            g = grad[part] if buffer is None else buffer[: up.shape[0]]
-            torch.sub(x[part], base[part].unsqueeze(1), out=g)
-            g.exp_().mul_((up * factor[part]).unsqueeze(1))
-            if masses.labels is None:
-                g.sub_(up.unsqueeze(1) * masses.of_probabilities(part))
-            else:
-                if masses.smoothed:
-                    g.sub_((up * masses.even).unsqueeze(1) * masses.w)
-                place, mass = masses.label(part)
-                g.scatter_add_(1, place, torch.where(mass == 0, 0, -up * mass).unsqueeze(1))
-            if not (x.is_cpu and live[part].all()):
-                g.masked_fill_(~live[part].unsqueeze(1), 0)
-            if not exact:
-                grad[part] = g
+        _write_gradient(grad, x, masses, upstream, base, factor, live)
         return grad if logits.dim() > 1 else grad[0], None, None, None, None, None
+
+
+# --- a head whose classes are sharded --------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    group: Any = None,
+    num_classes: int | None = None,
+    class_start: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+) -> Tensor:
+    """fastopt.linear_cross_entropy of a head whose classes are spread over the ranks of a group: the
+    logits of some rows at a time, in forward and again in backward.
+
+    Args:
+        input: the same on every rank, shape (N, H); float32, float64, bfloat16 or float16.
+        linear_weight, linear_bias: of this rank's classes, shapes (C', H) and (C').
+        target, weight, group, num_classes, class_start, ignore_index, reduction, label_smoothing,
+            lse_square_scale: as of cross_entropy, target with rows (N).
+
+    Returns:
+        The loss of all classes, to the same bits on every rank. Backward gives linear_weight and
+        linear_bias this rank's gradient; input the whole one, on every rank: summed over the ranks in
+        float32, while the next rows are computed. It cannot be differentiated again.
+
+    Raises:
+        As cross_entropy; ValueError where input, linear_weight and linear_bias do not go together.
+    """
+    input, target = _waited(input), _waited(target)
+    for name, x in (("input", input), ("linear_weight", linear_weight)):
+        if type(x) not in loss._TENSOR_TYPES or x.dim() != 2:
+            raise ValueError(f"{name} must be a Tensor of two dimensions")
+    own = linear_weight.shape[0]
+    if input.shape[1] != linear_weight.shape[1]:
+        raise ValueError(
+            f"input has {input.shape[1]} columns, linear_weight {linear_weight.shape[1]}"
+        )
+    if linear_bias is not None and linear_bias.shape != (own,):
+        raise ValueError(f"linear_bias must be ({own},), got {tuple(linear_bias.shape)}")
+    kind = input.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    logits = input.new_empty((), dtype=dtype).expand(input.shape[0], own)  # their shape, no memory
+    _check(logits, target, weight, ignore_index, reduction, label_smoothing)
+    of = _classes(own, group, num_classes, class_start)
+    of_loss = loss._loss_dtype(logits)
+    if target.is_floating_point():
+        of_loss = torch.promote_types(of_loss, loss._loss_dtype(target))
+    options = Options(
+        *(ignore_index, float(label_smoothing), REDUCTIONS[reduction], of_loss),
+        float(lse_square_scale),
+    )
+    result: Tensor = _ShardedLinearLoss.apply(
+        *(input, linear_weight, linear_bias, target, weight, options, of, dtype)
+    )
+    return result
+
+
+_LOGITS = 1 << 22  # at a time, on the rank with most classes
+
+
+class _Head:
+    """Logits of some rows, as autocast has them; without its casts, as it is off in backward."""
+
+    def __init__(
+        self, input: Any, weight: Any, bias: Any, of: _Classes, dtype: torch.dtype
+    ) -> None:
+        self.input, self.weight = input.to(dtype), weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        # As many on every rank, as each sums up their gradients with the others.
+        rows = max(64, _LOGITS // max(-(-of.total // of.size), 1))
+        self.parts = [slice(i, i + rows) for i in range(0, input.shape[0], rows)]
+
+    def logits(self, part: slice) -> Tensor:
+        return torch.nn.functional.linear(self.input[part], self.weight, self.bias)
+
+
+class _ShardedLinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, weight, options, of, dtype):
+        with torch.autocast(input.device.type, enabled=False):
+            head = _Head(input, linear_weight, linear_bias, of, dtype)
+            masses = _Masses(dtype, linear_weight.shape[0], target, weight, options, of)
+
+            def sweep(stats: Tensor) -> None:
+                for part in head.parts:
+                    _sweep(head.logits(part), masses.of_rows(part), stats[:, part])
+
+            rows = _exchange(sweep, input.shape[:1], input, masses, of)
+            result, factor = _ended(rows, options)
+        ctx.save_for_backward(
+            *(input, linear_weight, linear_bias, target, weight),
+            *(rows.base, factor, rows.live, rows.divisor),
+        )
+        ctx.options, ctx.of, ctx.dtype = options, of, dtype
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        input, linear_weight, linear_bias, target, weight, *of_rows = ctx.saved_tensors
+        base, factor, live, divisor = of_rows
+        wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        head = _Head(input, linear_weight, linear_bias, ctx.of, ctx.dtype)
+        masses = _Masses(*(ctx.dtype, linear_weight.shape[0], target, weight, ctx.options, ctx.of))
+        upstream = _upstream(grad_loss, masses, ctx.options, live, divisor)
+        of_input = input.new_zeros(input.shape if wants_input else 0, dtype=masses.exact)
+        of_weight = input.new_zeros(linear_weight.shape, dtype=masses.exact)
+        of_bias = input.new_zeros(linear_weight.shape[:1], dtype=masses.exact)
+        sums = []
+        for part in head.parts:
+            grad = head.logits(part)
+            told = (upstream[part], base[part], factor[part], live[part])
+            _write_gradient(grad, grad, masses.of_rows(part), *told)
+            if wants_input:
+                of_input[part] = grad @ head.weight
+                sums.append(dist.all_reduce(of_input[part], group=ctx.of.group, async_op=True))
+            if wants_weight:
+                # What is ignored is multiplied by nothing, and may be NaN.
+                x = torch.where(live[part].unsqueeze(1), head.input[part], 0)
+                of_weight += grad.t() @ x
+            if wants_bias:
+                of_bias += grad.sum(0, dtype=masses.exact)
+        for each in sums:
+            each.wait()
+        return (
+            of_input.to(input.dtype) if wants_input else None,
+            of_weight.to(linear_weight.dtype) if wants_weight else None,
+            of_bias.to(linear_bias.dtype) if wants_bias else None,
+            *[None] * 5,
+        )
 
 
 # --- subclasses of tensors ---------------------------------------------------------------------------

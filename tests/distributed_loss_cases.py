@@ -403,6 +403,60 @@ def check_tensor_parallel_head() -> None:
     assert alone[-1] < alone[0]
 
 
+def check_linear() -> None:
+    """The head as well: loss, and the gradients of input, weight and bias, against one process."""
+    rows, width, classes = 150, 9, 701
+    input, head, bias = values((rows, width)), values((classes, width), seed=2), values(classes)
+    start, end = parts(classes)[dist.get_rank()]
+    w = values(classes, seed=4).abs() + 0.1
+    probabilities = values((rows, classes), seed=5).softmax(1)
+    saved, distributed._LOGITS = distributed._LOGITS, 64  # three chunks
+    for dtype, target, how in (
+        (torch.float64, labels((rows,), 0.3, classes), {"reduction": "mean"}),
+        (torch.float64, labels((rows,), 0.3, classes), {"label_smoothing": 0.1, "weight": w}),
+        (torch.float64, labels((rows,), 0.3, classes), {"reduction": "none", "weight": w}),
+        (torch.float64, probabilities, {"reduction": "sum"}),
+        (torch.float32, labels((rows,), 0.0, classes), {"reduction": "mean"}),
+        (torch.bfloat16, labels((rows,), 0.0, classes), {"reduction": "sum"}),
+    ):
+        whole = [x.to(dtype).double().requires_grad_() for x in (input, head, bias)]
+        mine = [
+            x.to(dtype).clone().requires_grad_() for x in (input, head[start:end], bias[start:end])
+        ]
+        of_all = dict(how)
+        own = dict(how)
+        if "weight" in how:
+            of_all["weight"], own["weight"] = w.double(), w.to(dtype)[start:end]
+        t = target.double() if target.is_floating_point() else target
+        right = F.cross_entropy(F.linear(*whole), t, **of_all)
+        t = target[:, start:end].to(dtype) if target.is_floating_point() else target
+        loss = distributed.linear_cross_entropy(
+            mine[0], mine[1], t, linear_bias=mine[2], num_classes=classes, **own
+        )
+        same_on_every_rank(loss.detach())
+        for each in (loss, right):
+            (each * 1.5).sum().backward()
+        rounding = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 3e-2)
+        close = {"rtol": rounding, "atol": rounding, "check_dtype": False}
+        if dtype is torch.bfloat16:
+            close["atol"] = 0.5  # sums of 150 rows, over logits of eight bits
+        torch.testing.assert_close(loss, right, **close)
+        grads = [whole[0].grad, whole[1].grad[start:end], whole[2].grad[start:end]]
+        for x, grad in zip(mine, grads, strict=True):
+            torch.testing.assert_close(x.grad, grad, **close)
+    input[0] = math.nan  # ignored: what is not there cannot harm
+    mine = [x.clone().requires_grad_() for x in (input, head[start:end])]
+    target = labels((rows,), 0.3, classes)
+    target[0] = -100
+    distributed.linear_cross_entropy(*mine, target, num_classes=classes).backward()
+    assert (mine[0].grad[0] == 0).all() and all(x.grad.isfinite().all() for x in mine)
+    mode = CommDebugMode()
+    with mode:
+        distributed.linear_cross_entropy(*mine, target, num_classes=classes)
+    assert mode.get_total_counts() == 1
+    distributed._LOGITS = saved
+
+
 CASES = [
     check_loss_options,
     check_probabilities,
@@ -413,6 +467,7 @@ CASES = [
     check_collectives,
     check_errors,
     check_count,
+    check_linear,
     check_dtensors,
     check_like_loss_parallel,
     check_dtensor_probabilities_and_half,

@@ -3,8 +3,8 @@
     python ranks.py MODULES RANK WORLD_SIZE FOLDER
 
 A module of cases lists functions in CASES; each is called on every rank, in order; the modules are
-separated by commas. What a rank found
-it writes into FOLDER: the first failure ends it, as the others may wait for it.
+separated by commas. What a rank found it writes into FOLDER: the first failure ends it, as the others
+may wait for it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import fastopt
+from child import HANGS_AFTER_S
+
 TESTS = Path(__file__).resolve().parent
-HANG_S = 240  # of all cases together, on the busiest machine
+FASTOPT = Path(fastopt.__file__).resolve().parents[1]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "FASTOPT_ALWAYS": "1",
-    "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(FASTOPT), str(TESTS), os.environ.get("PYTHONPATH")])
+    ),
 }
+# A rank that waits this long for another waits for nothing.
+COLLECTIVE_S = HANGS_AFTER_S / 4
 
 
 def run(modules: str, world_size: int, folder: Path) -> list[dict[str, str]]:
@@ -42,7 +49,7 @@ def run(modules: str, world_size: int, folder: Path) -> list[dict[str, str]]:
         for rank in range(world_size)
     ]
     try:
-        said = [child.communicate(timeout=HANG_S)[0] for child in children]
+        said = [child.communicate(timeout=HANGS_AFTER_S)[0] for child in children]
     except subprocess.TimeoutExpired:
         said = ["a rank hangs"] * world_size
     finally:
@@ -72,7 +79,7 @@ def main(modules: str, rank: str, world_size: str, folder: str) -> None:
         store=store,
         rank=int(rank),
         world_size=int(world_size),
-        timeout=timedelta(seconds=HANG_S / 2),
+        timeout=timedelta(seconds=COLLECTIVE_S),
     )
     found: dict[str, str] = {}
     for case in cases(modules):
