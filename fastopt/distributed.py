@@ -230,15 +230,14 @@ class _Masses:
         masses.probabilities = None if self.probabilities is None else self.probabilities[part]
         return masses
 
-    def label(self, part: slice) -> tuple[Tensor, Tensor]:
-        """The place of each row's label among the classes here, and its own mass: 0 at some other
-        class where the label is not here."""
+    def label(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each row: whether its label is here; its place, or another class's; its own mass, or 0."""
         assert self.labels is not None
         place = self.labels[part] - self.start
         here = (place >= 0) & (place < self.classes) & (self.labels[part] != self.ignore_index)
         place = torch.where(here, place, 0)
         of_label = self.keep if self.weight is None else self.keep * self.weight[place]
-        return place.unsqueeze(1), torch.where(here, of_label, 0.0).to(self.exact)
+        return here, place.unsqueeze(1), torch.where(here, of_label, 0.0).to(self.exact)
 
     def of_probabilities(self, part: slice) -> Tensor:
         assert self.probabilities is not None
@@ -274,10 +273,9 @@ def _sweep(logits: Tensor, masses: _Masses, stats: Tensor) -> None:
             q = masses.of_probabilities(part)
             dot, mass = (q * x).sum(1), q.sum(1)
         else:
-            place, mass = masses.label(part)
+            here, place, mass = masses.label(part)
             of_label = x.gather(1, place).squeeze(1)
-            # An infinite weight's inf * 0 is no NaN; neither is 0 * -inf of a label elsewhere.
-            dot = torch.where((of_label == 0) | (mass == 0), 0, mass * of_label)
+            dot = torch.where(here & (of_label != 0), mass * of_label, 0)  # inf * 0 is no NaN
             if masses.smoothed:
                 dot = dot + (masses.w * x).sum(1) * masses.even
                 mass = mass + masses.of_smoothing
@@ -391,8 +389,8 @@ def _write_gradient(
         else:
             if masses.smoothed:
                 g.sub_((up * masses.even).unsqueeze(1) * masses.w)
-            place, mass = masses.label(part)
-            g.scatter_add_(1, place, torch.where(mass == 0, 0, -up * mass).unsqueeze(1))
+            here, place, mass = masses.label(part)
+            g.scatter_add_(1, place, torch.where(here, -up * mass, 0).unsqueeze(1))
         if not (x.is_cpu and live[part].all()):
             g.masked_fill_(~live[part].unsqueeze(1), 0)
         if buffer is not None:

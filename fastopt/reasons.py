@@ -23,6 +23,8 @@ def of_loss(
     logits: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
 ) -> str | None:
     """Why torch serves this call of the loss; None where our kernels do: loss._serves in words."""
+    if shards.is_dtensor(logits):
+        return "logits are a DTensor, and not placed with their target as for loss_parallel()"
     if type(logits) not in loss._TENSOR_TYPES:
         return _subclass("logits", logits)
     compiling = torch.compiler.is_compiling()

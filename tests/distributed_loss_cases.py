@@ -326,6 +326,19 @@ def check_dtensor_probabilities_and_half() -> None:
         assert abs(fastopt.cross_entropy(x, t).full_tensor().item() - 603.6) < 1
 
 
+def check_reports() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    target = distribute_tensor(labels(ignored=0.0), mesh, [Replicate()])
+    calls = [distribute_tensor(values((ROWS, C)), mesh, [p]) for p in (Shard(1), Replicate())]
+    calls.append(DTensor.from_local(values((ROWS, C)), mesh, [Partial()]))
+    served_by = []
+    for logits in calls:
+        with fastopt.reporting() as report:
+            fastopt.cross_entropy(logits, target)
+        served_by.append([row["served_by"] for row in report.as_dict()["rows"]])
+    assert served_by == [["fastopt"], ["fastopt"], ["torch"]], served_by
+
+
 def check_torch_says_what_it_means() -> None:
     """What is not ours ends as torch's does."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -455,23 +468,3 @@ def check_linear() -> None:
         distributed.linear_cross_entropy(*mine, target, num_classes=classes)
     assert mode.get_total_counts() == 1
     distributed._LOGITS = saved
-
-
-CASES = [
-    check_loss_options,
-    check_probabilities,
-    check_shapes_and_dtypes,
-    check_odd_splits,
-    check_hazards,
-    check_upstream_and_versions,
-    check_collectives,
-    check_errors,
-    check_count,
-    check_linear,
-    check_dtensors,
-    check_like_loss_parallel,
-    check_dtensor_probabilities_and_half,
-    check_torch_says_what_it_means,
-    check_what_has_yet_to_arrive,
-    check_tensor_parallel_head,
-]

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 
 import fastopt
 import served
+from fastopt import reasons
 from sgd_oracle import OPTIONS, all_params, assert_same_bits, for_loop, values
 
 # Not a multiple of 2 or 3 rows, and one that leaves ranks without any.
@@ -187,6 +188,23 @@ def check_torchs_path() -> None:
     steps(make, waiting, by_torch=None, lr=0.1, momentum=0.9)
 
 
+def check_reasons() -> None:
+    """The words for torch's path are there where torch's path is."""
+    options = fastopt.SGD([nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9).param_groups[0]
+    param, other = (nn.Parameter(sharded((6, 6), [Shard(dim)], dim)) for dim in (0, 1))
+    fits = param.detach() * 2
+
+    def words(*tensors: Any) -> str:
+        return reasons.of_param(options, *tensors) or ""
+
+    assert words(param, fits, None) == words(param, fits, fits) == ""
+    assert "not sharded as" in words(param, other.detach(), None)
+    assert "momentum buffer is not sharded" in words(param, fits, other.detach())
+    partial = DTensor.from_local(values((6, 6)), mesh_of_world(), [Partial()])
+    assert "summed up" in words(param, partial, None)
+    assert "not sharded as" in words(param, values((6, 6)), None)
+
+
 def check_memory_that_moves() -> None:
     """The shard's memory may be swapped between steps, and nothing of a step keeps the old one."""
     gone = []
@@ -331,16 +349,3 @@ def check_checkpoints() -> None:
             run(again, of_again, range(3, 5))
         for mine, single in zip(whole(again), alone.parameters(), strict=True):
             torch.testing.assert_close(mine, single)
-
-
-CASES = [
-    check_options,
-    check_dtensors_alone,
-    check_groups,
-    check_half,
-    check_torchs_path,
-    check_memory_that_moves,
-    check_scaler,
-    check_models,
-    check_checkpoints,
-]

@@ -2,9 +2,9 @@
 
     python ranks.py MODULES RANK WORLD_SIZE FOLDER
 
-A module of cases lists functions in CASES; each is called on every rank, in order; the modules are
-separated by commas. What a rank found it writes into FOLDER: the first failure ends it, as the others
-may wait for it.
+The cases are the functions check_* of the modules, which commas separate; each is called on every
+rank, in order. What a rank found it writes into FOLDER: the first failure ends it, as the others may
+wait for it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import fastopt
 from child import HANGS_AFTER_S
@@ -62,8 +62,15 @@ def run(modules: str, world_size: int, folder: Path) -> list[dict[str, str]]:
     return found
 
 
-def cases(modules: str) -> list[Any]:
-    return [case for name in modules.split(",") for case in importlib.import_module(name).CASES]
+def cases(modules: str) -> list[tuple[str, str]]:
+    """The module and name of each, without an import of what they need."""
+    return [
+        (module, name)
+        for module in modules.split(",")
+        for name in re.findall(
+            r"^def (check_\w+)", (TESTS / f"{module}.py").read_text(), re.MULTILINE
+        )
+    ]
 
 
 def main(modules: str, rank: str, world_size: str, folder: str) -> None:
@@ -82,13 +89,13 @@ def main(modules: str, rank: str, world_size: str, folder: str) -> None:
         timeout=timedelta(seconds=COLLECTIVE_S),
     )
     found: dict[str, str] = {}
-    for case in cases(modules):
+    for module, name in cases(modules):
         torch.manual_seed(0)
         try:
-            case()
-            found[case.__name__] = ""
+            getattr(importlib.import_module(module), name)()
+            found[name] = ""
         except Exception:
-            found[case.__name__] = traceback.format_exc()
+            found[name] = traceback.format_exc()
             break
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     if not any(found.values()):

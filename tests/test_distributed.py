@@ -19,7 +19,7 @@ if not dist.is_available():
 
 WORLD_SIZES = (1, 2, 3)
 MODULES = "distributed_sgd_cases,distributed_loss_cases"
-CASES = [case.__name__ for case in ranks.cases(MODULES)]
+CASES = [name for _, name in ranks.cases(MODULES)]
 pytestmark = pytest.mark.xdist_group("distributed")
 
 
