@@ -447,8 +447,9 @@ def linear_cross_entropy(
     Args:
         input: the same on every rank, shape (N, H); float32, float64, bfloat16 or float16.
         linear_weight, linear_bias: of this rank's classes, shapes (C', H) and (C').
-        target, weight, group, num_classes, class_start, ignore_index, reduction, label_smoothing,
-            lse_square_scale: as of cross_entropy, target with rows (N).
+        target: as of cross_entropy, with rows (N).
+        weight, group, num_classes, class_start: as of cross_entropy.
+        ignore_index, reduction, label_smoothing, lse_square_scale: as of cross_entropy.
 
     Returns:
         The loss of all classes, to the same bits on every rank. Backward gives linear_weight and
@@ -456,7 +457,8 @@ def linear_cross_entropy(
         float32, while the next rows are computed. It cannot be differentiated again.
 
     Raises:
-        As cross_entropy; ValueError where input, linear_weight and linear_bias do not go together.
+        ValueError: input, linear_weight and linear_bias do not go together.
+        Exception: whatever cross_entropy raises.
     """
     input, target = _waited(input), _waited(target)
     for name, x in (("input", input), ("linear_weight", linear_weight)):
