@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from fastopt import layouts, loss, reference
+from fastopt import layouts, linear_loss, loss, reference
 from fastopt.options import MEAN, NONE, REDUCTIONS, SUM, Options
 
 __all__ = ["count", "cross_entropy", "linear_cross_entropy"]
@@ -58,7 +58,8 @@ def cross_entropy(
             (N, d1, ...); or probabilities of this rank's classes, shaped like logits.
         weight: shape (C'), a factor for each class of this rank. Default: none
         group: a ProcessGroup, or a DeviceMesh of one dimension. Default: all ranks
-        num_classes: of all ranks together. Default: C' times the size of the group
+        num_classes: of all ranks together. Default: C' times the size of the group, where every rank
+            has as many
         class_start: the first of this rank's classes. Default: where DTensor splits,
             rank * ceil(num_classes / size)
         ignore_index, reduction, label_smoothing, lse_square_scale: as of fastopt.cross_entropy.
@@ -122,14 +123,9 @@ def _classes(own: int, group: Any, num_classes: int | None, class_start: int | N
     if num_classes is None:
         num_classes = own * size
     if class_start is None:
-        class_start, expected = _split(num_classes, size, rank)
-        if own != expected:
-            raise ValueError(
-                f"{own} classes are here, where rank {rank} of {size} has {expected} of"
-                f" {num_classes}: class_start says which"
-            )
-    elif not 0 <= class_start <= num_classes - own:
-        raise ValueError(f"class_start must be in [0, {num_classes - own}], got {class_start}")
+        class_start, _ = _split(num_classes, size, rank)
+    # Whether they are all of them, and each once, _exchange finds out on all ranks: an error here alone
+    # would leave the others waiting.
     return _Classes(group, size, class_start, num_classes)
 
 
@@ -236,8 +232,11 @@ class _Masses:
         place = self.labels[part] - self.start
         here = (place >= 0) & (place < self.classes) & (self.labels[part] != self.ignore_index)
         place = torch.where(here, place, 0)
-        of_label = self.keep if self.weight is None else self.keep * self.weight[place]
-        return here, place.unsqueeze(1), torch.where(here, of_label, 0.0).to(self.exact)
+        if self.weight is None:
+            own = here.to(self.exact) * self.keep
+        else:  # which may be infinite
+            own = torch.where(here, self.keep * self.weight[place], 0)
+        return here, place.unsqueeze(1), own
 
     def of_probabilities(self, part: slice) -> Tensor:
         assert self.probabilities is not None
@@ -292,7 +291,7 @@ def _exchange(
     batch_groups: tuple[Any, ...] = (),
 ) -> _Rows:
     rows = math.prod(shape)
-    own = like.new_empty(4 * rows + 2, dtype=masses.exact)
+    own = like.new_empty(4 * rows + 5, dtype=masses.exact)
     sweep(own[: 4 * rows].view(4, *shape))
     live = like.new_ones(shape, dtype=torch.bool)
     wrong = like.new_zeros(shape, dtype=torch.bool)
@@ -308,9 +307,17 @@ def _exchange(
             weights = masses.weight[torch.where(here, place, 0)]
             own[4 * rows] = torch.where(here, weights, 0).sum(dtype=torch.float64)
         own[4 * rows + 1] = wrong.any()
+    for at, number in enumerate((of.start, masses.classes, of.total), 4 * rows + 2):
+        own[at] = number
     every = own.new_empty(of.size * own.numel())
     _all_gather(every, own, group=of.group)
     every = every.view(of.size, -1)
+    whole = _make_up_all(*every[:, 4 * rows + 2 :].unbind(1))
+    if like.is_cpu and not whole:
+        raise ValueError(
+            f"the ranks' classes are not each of num_classes once: {masses.classes} from {of.start} on,"
+            f" of {of.total}, are here; class_start and num_classes say otherwise"
+        )
 
     largest, sums, dots, mass = every[:, : 4 * rows].view(of.size, 4, *shape).unbind(1)
     bases = largest.masked_fill(largest == -math.inf, 0)
@@ -322,9 +329,8 @@ def _exchange(
     total = torch.where(largest == -math.inf, math.nan, total)  # no softmax, as in torch
     dot = (dots + torch.where(mass == 0, 0, mass * shift)).sum(0)
     dot = torch.where(wrong, math.nan, dot)
-    of_all = every[:, 4 * rows :].sum(
-        0, dtype=torch.float64
-    )  # the divisor, and labels out of range
+    # The divisor, and labels out of range.
+    of_all = every[:, 4 * rows : 4 * rows + 2].sum(0, dtype=torch.float64)
     if masses.labels is None:
         of_all[0] = rows
     for group in batch_groups:
@@ -334,7 +340,15 @@ def _exchange(
     divisor = of_all[0]
     if masses.smoothed:  # weights that add up to 0 make label smoothing's part NaN
         divisor = torch.where(divisor == 0, math.nan, divisor)
-    return _Rows(base, total, dot, torch.where(wrong, math.nan, mass.sum(0)), live, divisor)
+    nonsense = wrong | ~whole
+    return _Rows(base, total, dot, torch.where(nonsense, math.nan, mass.sum(0)), live, divisor)
+
+
+def _make_up_all(starts: Tensor, sizes: Tensor, totals: Tensor) -> Tensor:
+    """Whether the classes of the ranks, numbers in float32, are all of them, and each once."""
+    before = torch.where(starts <= starts.unsqueeze(1), sizes, 0).sum(1) - sizes
+    follow = (sizes == 0) | (starts == before)
+    return follow.all() & (totals == totals[0]).all() & (sizes.sum() == totals[0])
 
 
 def _out_of_bounds(labels: Tensor, wrong: Tensor) -> IndexError:
@@ -471,8 +485,9 @@ def linear_cross_entropy(
         )
     if linear_bias is not None and linear_bias.shape != (own,):
         raise ValueError(f"linear_bias must be ({own},), got {tuple(linear_bias.shape)}")
-    kind = input.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    dtype = linear_loss._logits_dtype(input, linear_weight, linear_bias)
+    if dtype is None:
+        raise TypeError("input, linear_weight and linear_bias must be of one dtype")
     logits = input.new_empty((), dtype=dtype).expand(input.shape[0], own)  # their shape, no memory
     _check(logits, target, weight, ignore_index, reduction, label_smoothing)
     of = _classes(own, group, num_classes, class_start)
@@ -701,6 +716,8 @@ def _of_rows(
     else:
         if logits.is_cpu and not target.is_floating_point():
             reference.check_labels(logits, target, options.ignore_index)
+            live = (target != options.ignore_index).unsqueeze(layouts.class_dim(logits.shape))
+            logits = torch.where(live, logits, 0)  # what is ignored may be NaN
         result = reference.cross_entropy(logits, target, weight, options)
     if divisor is None:
         return result

@@ -623,8 +623,9 @@ def _serves(
 def _logits_dtype(*tensors: Tensor | None) -> torch.dtype | None:
     """The dtype of what F.linear gives; None where it would raise. autocast leaves float64 alone."""
     found = {x.dtype for x in tensors if x is not None}
-    if torch.is_autocast_enabled("cpu"):
-        reduced = torch.get_autocast_dtype("cpu")
+    kind = tensors[0].device.type  # type: ignore[union-attr]
+    if torch.is_autocast_enabled(kind):
+        reduced = torch.get_autocast_dtype(kind)
         found = {x if x is torch.float64 or x not in _DTYPES else reduced for x in found}
     dtype = found.pop()
     return None if found or dtype not in _DTYPES else dtype

@@ -5,7 +5,7 @@ the rows of linear_rows.py, computed again in backward. The other two take logit
 are not for a call, plain torch computes it, and differentiates it in every way.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -101,10 +101,9 @@ def linear_logprobs(
         losses, found = linear_rows.linear_rows(*parameters, labels, None, None, options, plan)
         entropies = found.entropy
     else:
+        rows = torch.where((labels == ignore_index).unsqueeze(1), 0, rows)  # they may be NaN
         logits = F.linear(rows, linear_weight, linear_bias)
         logits = logits.to(statistics.accumulation_type(logits.dtype))
-        if entropy or cap:
-            logits = torch.where((labels == ignore_index).unsqueeze(1), 0, logits)
         scale = extras.Extras(cap or None, 1 / temperature, None, None, None, False)
         logits = extras.scaled(logits, scale)
         losses = loss.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
@@ -139,17 +138,16 @@ def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
             f"index must have shape {tuple(logits.shape[:-1])}, or one dimension more, got"
             f" {tuple(index.shape)}"
         )
-    exact = statistics.accumulation_type(logits.dtype)
-    rows = logits.reshape(-1, logits.shape[-1])
-    several = index.dim() == logits.dim()
-    # Of several, any class may be the one whose loss the kernels have; the largest adds no rounding.
-    label = rows.detach().argmax(1) if several else index.reshape(-1)
-    found = -loss.cross_entropy(
-        rows, label, ignore_index=_NO_INDEX, reduction="none", loss_dtype=exact
-    )
-    if several:
-        chosen = rows.gather(1, index.reshape(len(rows), index.shape[-1])).to(exact)
-        found = found.unsqueeze(1) + (chosen - rows.gather(1, label.unsqueeze(1)).to(exact))
+    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
+    if index.dim() == logits.dim():
+        found = _Chosen.of(rows, index.reshape(len(rows), index.shape[-1]))
+    else:
+        found = -loss.cross_entropy(
+            *(rows, index.reshape(-1)),
+            ignore_index=_NO_INDEX,
+            reduction="none",
+            loss_dtype=statistics.accumulation_type(logits.dtype),
+        )
     return found.to(logits.dtype).reshape(index.shape)
 
 
@@ -171,33 +169,92 @@ def entropy_from_logits(logits: Tensor, chunk_size: int | None = None) -> Tensor
         raise ValueError("logits must have a dimension of classes")
     if chunk_size is not None and not (type(chunk_size) is int and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive int, got {chunk_size!r}")
-    rows = logits.reshape(-1, logits.shape[-1])
-    if torch.compiler.is_compiling() or not loss._is_plain(rows) or loss._is_watched():
-        exact = rows.to(statistics.accumulation_type(rows.dtype))
-        found = statistics.entropy(exact, 1).to(rows.dtype)
-    else:
-        found = _Entropy.apply(rows, chunk_size or statistics.entries_at_a_time(rows))
-    return found.reshape(logits.shape[:-1])
+    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
+    found = _Entropy.of(rows, chunk_size or statistics.entries_at_a_time(rows))
+    return found.to(logits.dtype).reshape(logits.shape[:-1])
 
 
-class _Entropy(torch.autograd.Function):
+class _OfRows(torch.autograd.Function):
+    """Something of each row, in the accumulation type, some rows at a time; where its gradient is to be
+    more than numbers, that of the same in plain torch."""
+
+    @classmethod
+    def of(cls, rows: Tensor, other: Any) -> Tensor:
+        if torch.compiler.is_compiling() or not loss._is_plain(rows) or loss._is_watched():
+            return cls.plain(rows, other)
+        result: Tensor = cls.apply(rows, other)
+        return result
+
+    @staticmethod
+    def plain(rows: Tensor, other: Any) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def again(cls, rows: Tensor, other: Any, upstream: Tensor) -> Tensor | None:
+        """The gradient, where it is differentiated again or one of many; else None."""
+        differentiates = torch.is_grad_enabled()
+        if not differentiates and loss._is_plain(upstream):
+            return None
+        with torch.enable_grad():
+            result = cls.plain(rows, other)
+            return torch.autograd.grad(result, rows, upstream, create_graph=differentiates)[0]
+
+
+class _Entropy(_OfRows):
+    @staticmethod
+    def plain(rows, size):
+        return statistics.entropy(rows.to(statistics.accumulation_type(rows.dtype)), 1)
+
     @staticmethod
     def forward(ctx, rows, size):
         found = [statistics.of_rows(part, 1) for part in rows.split(size)]
         lse, entropy, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
         ctx.save_for_backward(rows, lse, entropy)
         ctx.size = size
-        return entropy.to(rows.dtype)
+        return entropy
 
     @staticmethod
-    def backward(ctx, grad_entropy):
+    def backward(ctx, upstream):
         rows, *others = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            exact = rows.to(others[0].dtype)
-            again = statistics.entropy(exact, 1).to(rows.dtype)
-            return torch.autograd.grad(again, rows, grad_entropy, create_graph=True)[0], None
-        grad = torch.empty_like(rows)
-        parts = (x.split(ctx.size) for x in (grad, rows, *others, grad_entropy))
-        for out, *row_call in zip(*parts, strict=True):
-            out.copy_(statistics.entropy_gradient(*row_call))
+        grad = _Entropy.again(rows, ctx.size, upstream)
+        if grad is None:
+            grad = torch.empty_like(rows)
+            parts = (x.split(ctx.size) for x in (grad, rows, *others, upstream))
+            for out, *row_call in zip(*parts, strict=True):
+                out.copy_(statistics.entropy_gradient(*row_call))
+        return grad, None
+
+
+class _Chosen(_OfRows):
+    """log_softmax at several classes of each row, (N, K)."""
+
+    @staticmethod
+    def plain(rows, index):
+        exact = rows.to(statistics.accumulation_type(rows.dtype))
+        return exact.log_softmax(1).gather(1, index)
+
+    @staticmethod
+    def forward(ctx, rows, index):
+        size, exact = statistics.entries_at_a_time(rows), statistics.accumulation_type(rows.dtype)
+        if rows.shape[1] == 0:
+            ctx.mark_non_differentiable(empty := rows.new_empty(index.shape, dtype=exact))
+            return empty
+        base = rows.amax(1, keepdim=True).to(exact)
+        parts = zip(rows.split(size), base.split(size), strict=True)
+        # Beside the maximum, not as one number: large logits would round it away.
+        log_sum = torch.cat([(x - b).exp_().sum(1, keepdim=True).log_() for x, b in parts])
+        ctx.save_for_backward(rows, index, base, log_sum)
+        return (rows.gather(1, index) - base) - log_sum
+
+    @staticmethod
+    def backward(ctx, upstream):
+        rows, *others = ctx.saved_tensors
+        grad = _Chosen.again(rows, others[0], upstream)
+        if grad is None:
+            grad = torch.empty_like(rows)
+            size = statistics.entries_at_a_time(rows)
+            parts = (x.split(size) for x in (grad, rows, *others, upstream))
+            for out, x, index, base, log_sum, up in zip(*parts, strict=True):
+                own = (x - base).sub_(log_sum).exp_().mul_(-up.sum(1, keepdim=True))
+                out.copy_(own.scatter_add_(1, index, up))
         return grad, None

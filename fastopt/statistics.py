@@ -35,12 +35,24 @@ def entropy(x: Tensor, dim: int) -> Tensor:
 
 
 def in_pieces(x: Tensor, dim: int) -> Statistics:
-    """of_rows without a gradient, for some entries of the first dimension at a time."""
+    """of_rows without a gradient, for some entries of the first dimension at a time, and of the last
+    where it has positions."""
     x = x.detach()
     if x.dim() == 1 or torch.compiler.is_compiling() or x.numel() <= PIECE:
         return of_rows(x, dim)
-    found = [of_rows(part, dim) for part in x.split(entries_at_a_time(x))]
-    return Statistics(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    found = []
+    for part in x.split(entries_at_a_time(x)):
+        size = part.shape[-1]
+        if x.dim() > 2:
+            size = max(PIECE * size // max(part.numel(), 1), 1)
+        found.append(_joined([of_rows(piece, dim) for piece in part.split(size, -1)], -1))
+    return _joined(found, 0)
+
+
+def _joined(parts: list[Statistics], dim: int) -> Statistics:
+    if len(parts) == 1:
+        return parts[0]
+    return Statistics(*(torch.cat(each, dim) for each in zip(*parts, strict=True)))
 
 
 def entries_at_a_time(x: Tensor) -> int:

@@ -216,8 +216,27 @@ def check_errors() -> None:
     assert error(x, target, label_smoothing=1.5) is ValueError
     assert error(x, target, num_classes=5 * dist.get_world_size() + 7) is ValueError
     assert error(x, target, class_start=1, num_classes=5) is ValueError
+    size, rank = dist.get_world_size(), dist.get_rank()
+    if size > 1:  # each of a rank's numbers is right by itself
+        uneven = values((ROWS, 2 * size - 1)).chunk(size, 1)[rank]
+        inside = labels(ignored=0.0, classes=2 * size - 2)
+        assert error(uneven, inside) is ValueError
+        assert error(x, target, class_start=0, num_classes=5 * size) is ValueError
     assert error("x", target) is TypeError
     assert error(x, x.softmax(1), ignore_index=1) is ValueError
+
+
+def check_float64() -> None:
+    """Numbers of Python are not rounded to torch's default dtype, and autocast leaves float64 alone."""
+    logits, target = 100 * values((ROWS, C), torch.float64), labels()
+    compare(logits, target, label_smoothing=0.1)
+    start, end = parts()[dist.get_rank()]
+    head = values((C, 8), torch.float64, seed=2)[start:end]
+    input = values((ROWS, 8), torch.float64)
+    alone = distributed.linear_cross_entropy(input, head, target, num_classes=C)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = distributed.linear_cross_entropy(input, head, target, num_classes=C)
+    assert_same_bits(cast, alone)
 
 
 def check_count() -> None:
@@ -280,6 +299,19 @@ def check_dtensors() -> None:
             close = {"rtol": 2e-6, "atol": 2e-6, "check_dtype": False}
             torch.testing.assert_close(loss.full_tensor().detach(), right, **close)
             torch.testing.assert_close(x.grad.full_tensor(), right_grad, **close)
+
+
+def check_ignored_rows_of_dtensors() -> None:
+    """NaN in one of them harms nothing, however the logits lie and however few there are."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    logits, target = values((7, 3, 2)), labels((7, 2), 0.0, 3)
+    logits[0, :, 1], target[0, 1] = math.nan, -100
+    for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+        x = distribute_tensor(logits, mesh, [placement]).requires_grad_()
+        loss = fastopt.cross_entropy(x, distribute_tensor(target, mesh, rows_of([placement])))
+        loss.backward()
+        grad = x.grad.full_tensor()
+        assert grad.isfinite().all() and (grad[0, :, 1] == 0).all(), placement
 
 
 def check_like_loss_parallel() -> None:

@@ -172,6 +172,22 @@ def test_ignored_tokens_are_absent() -> None:
     assert not any(g.any() for g in torch.autograd.grad(weighted(found, "le"), of))
 
 
+@pytest.mark.stock
+@pytest.mark.parametrize("composes", [False, True])
+def test_ignored_tokens_may_be_nan(composes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastopt.linear_loss, "_composes", lambda *call: composes)
+    hidden, head = torch.randn(8, 16), torch.randn(10, 16, requires_grad=True)
+    hidden[0] = math.nan
+    hidden.requires_grad_()
+    tokens = torch.randint(10, (8,))
+    tokens[0] = -100
+    found = fastopt.linear_logprobs(hidden, head, tokens, entropy=True)
+    assert found.entropy is not None and found.logprobs[0] == found.entropy[0] == 0
+    (found.logprobs + found.entropy).sum().backward()
+    for grad in (hidden.grad, head.grad):
+        assert grad is not None and grad.isfinite().all()
+
+
 def test_limits_of_the_entropy() -> None:
     hidden, head = torch.zeros(4, HIDDEN), torch.randn(CLASSES, HIDDEN)
     tokens = torch.arange(4)
@@ -263,6 +279,25 @@ def test_functions_of_logits(dtype: torch.dtype) -> None:
         torch.testing.assert_close(grad.double(), exact[1], rtol=near, atol=near)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=dtype_name)
+def test_the_gradient_of_several_classes_is_rounded_once(dtype: torch.dtype) -> None:
+    """That of the largest class, too, where the sum of all others is taken from it."""
+    logits = (0.1 * torch.randn(16, 2000)).to(dtype)
+    index = torch.randint(2000, (16, 3))
+    index[:8, 1] = logits[:8].argmax(1)
+    index[4:8, 2] = index[4:8, 1]  # twice the same
+    grads = []
+    for f, to in (
+        (lambda x: fastopt.selective_log_softmax(x, index), dtype),
+        (lambda x: x.log_softmax(-1).gather(-1, index), torch.float64),
+    ):
+        x = logits.to(to, copy=True).requires_grad_()
+        f(x).sum().backward()
+        grads.append(x.grad)
+    once = 0.6 * torch.finfo(dtype).eps
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=once, atol=1e-7)
+
+
 @pytest.mark.stock
 def test_functions_of_logits_are_differentiable_in_every_way() -> None:
     logits = torch.randn(*SHAPE, CLASSES, dtype=torch.float64)
@@ -274,6 +309,7 @@ def test_functions_of_logits_are_differentiable_in_every_way() -> None:
             tangent = torch.func.jvp(f, (logits,), (logits.cos(),))[1]
             of_func = torch.func.grad(lambda x, f=f: f(x).square().sum())(logits)
             results.append([*torch.autograd.grad(grad.square().sum(), x), tangent, of_func])
+            results[-1].append(torch.autograd.functional.jacobian(f, logits, vectorize=True))
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
     batched = torch.func.vmap(fastopt.entropy_from_logits)(logits)
@@ -289,6 +325,8 @@ def test_odd_shapes_and_infinities() -> None:
     assert fastopt.entropy_from_logits(torch.zeros(4)).shape == ()
     one = fastopt.selective_log_softmax(torch.zeros(4), torch.tensor(1))
     torch.testing.assert_close(one, torch.tensor(-math.log(4)))
+    assert fastopt.selective_log_softmax(torch.ones(2, 0), torch.ones(2, 0).long()).shape == (2, 0)
+    assert fastopt.selective_log_softmax(torch.ones(0, 3), torch.ones(0, 2).long()).shape == (0, 2)
     # The chosen class far below the others.
     far = torch.tensor([[0.0, -300.0, 1e-3]])
     found = fastopt.selective_log_softmax(far, torch.tensor([[2, 1, 0]]))

@@ -66,7 +66,11 @@ def _matching(param: Any, tensor: Any) -> Any:
 
 def _same_spec(a: Any, b: Any) -> bool:
     # Not all of the specs: their strides are those of a whole that is nowhere.
-    return a is b or (a.shape == b.shape and a.placements == b.placements and a.mesh == b.mesh)
+    return a is b or (
+        (a.shape, a.placements, a.mesh) == (b.shape, b.placements, b.mesh)
+        # Of placements that shard one dimension twice (torch 2.11 and later).
+        and getattr(a, "shard_order", None) == getattr(b, "shard_order", None)
+    )
 
 
 def _is_partial(spec: Any) -> bool:
