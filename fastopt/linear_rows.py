@@ -78,21 +78,20 @@ class _LinearRows(torch.autograd.Function):
         grad_entropy = others[4]
         if grad_loss is None and grad_entropy is None:
             return (None,) * 8
-        *call, factor = ctx.saved_tensors[:6]
-        grads = ctx.saved_tensors[6:]
-        parameters, target = call[:3], call[3]
+        input, linear_weight, linear_bias, target, weight, factor, *grads = ctx.saved_tensors
+        parameters, rest = [input, linear_weight, linear_bias], (target, weight)
         wants, options, plan = ctx.needs_input_grad[:3], ctx.options, ctx.plan
         dtypes: list[Any] = [None if x is None else x.dtype for x in parameters]
         if torch.is_grad_enabled():
             upstream = (grad_loss, grad_entropy)
-            grads = _differentiable(parameters, wants, (*call[3:], factor, options, plan), upstream)
+            grads = _differentiable(parameters, wants, (*rest, factor, options, plan), upstream)
             return *grads, *(None,) * 5
         if options.reduction == NONE:
             if grad_loss is None:
                 grad_loss = torch.zeros_like(grad_entropy)
             again = plan._replace(stats=False)
             _, *grads, _, _, _ = ops.linear_cross_entropy_rows(
-                *call, grad_loss, grad_entropy, *options, *again, *wants
+                *parameters, *rest, grad_loss, grad_entropy, *options, *again, *wants
             )
             grads = [g.to(d) if w else None for g, d, w in zip(grads, dtypes, wants, strict=True)]
             return *grads, *(None,) * 5
@@ -100,7 +99,7 @@ class _LinearRows(torch.autograd.Function):
         plain = loss._is_plain(grad_loss)
         if plain:
             grads = [grad.detach() for grad in grads]
-            del call, parameters
+            del input, linear_weight, linear_bias, parameters
             ctx.maybe_clear_saved_tensors()  # unless the graph is kept
         result: list[Tensor | None] = [None] * 3
         for i, rows_of in enumerate((labels, None, None)):  # only the input's gradient has rows

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import _reduction
 from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
 from torch.utils._device import DeviceContext
@@ -622,6 +623,9 @@ def _kept_memory(logits: Tensor) -> Tensor | None:
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _uses = getattr(torch._C, "_storage_Use_Count", lambda storage: math.inf)
 _is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
+_keeps_graph = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)  # private
 
 
 class _Loss(torch.autograd.Function):
@@ -653,7 +657,7 @@ class _Loss(torch.autograd.Function):
         kept = logits if options[-1] else None  # lse_square_scale
         ctx.mark_non_differentiable(unit, *(() if kept is None else (grad,)))
         ctx.save_for_backward(grad, target, weight, of_half, kept)
-        ctx.options = options
+        ctx.options, ctx.overwritten = options, None
         return loss, grad, unit
 
     @staticmethod
@@ -675,7 +679,12 @@ class _Loss(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()  # unless the graph is kept
             # Whoever alone holds the memory may write to it: this tensor and its storage's Python
             # object. A kept graph, a saved-tensor hook or a view would be a third.
-            own = _uses(grad.untyped_storage()._cdata) <= 2
+            memory_of_grad = grad.untyped_storage()._cdata
+            own = _uses(memory_of_grad) <= 2 or (
+                ctx.overwritten is not None
+                and ctx.overwritten.cdata == memory_of_grad
+                and not _keeps_graph()
+            )
             result = _times(grad, grad_loss, *scale, own)
         else:
             result = ops.cross_entropy_times(grad, grad_loss, *scale)
@@ -714,7 +723,8 @@ def _times(
     factor = grad_loss.to(torch.float64 if grad.dtype is torch.float64 else torch.float32)
     if unit is not None:
         factor = factor * unit
-    result = grad if own else grad.clone()
+    # Logits that inplace had overwritten may be part of something wider, which scale does not take.
+    result = grad if own and layouts.is_dense(grad) else grad.clone()
     # The kernels of GPUs take one factor. Rows' factors are one pass in plain torch, too.
     scale = ops.cross_entropy_scale_ if reduction or grad.is_cpu else reference.cross_entropy_scale_
     scale(result, factor, target, ignore_index, smoothed)
@@ -849,16 +859,12 @@ def _overwriting(
     return loss
 
 
-_keeps_graph = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
-)  # private
-
-
 class _OverwritingLoss(_Loss):
     """_Loss, whose grad is in the memory of the logits.
 
     Whoever saved them before is told by their version; whoever changes them before backward changes
-    the gradient, and is told there.
+    the gradient, and is told there. Of the logits nothing is held but what says so: hooks of saved
+    tensors, as checkpoint's, may take their memory away.
     """
 
     @staticmethod
@@ -873,12 +879,15 @@ class _OverwritingLoss(_Loss):
         of_half = unit if grad.dtype is torch.float16 else None
         ctx.mark_non_differentiable(unit, *((grad,) if options.lse_square_scale else ()))
         ctx.save_for_backward(grad, target, weight, of_half, None)
-        ctx.options, ctx.logits, ctx.version = options, logits, logits._version
+        ctx.counter = logits.detach()  # has their version,
+        ctx.counter.data = logits.new_empty(0)  # and none of their memory
+        ctx.options, ctx.version = options, logits._version
+        ctx.overwritten = StorageWeakRef(logits.untyped_storage())
         return loss, grad, unit
 
     @staticmethod
     def backward(ctx, grad_loss, grad_grad, _):
-        if ctx.logits is not None and ctx.logits._version != ctx.version:
+        if ctx.counter._version != ctx.version:
             raise RuntimeError(
                 "logits that inplace=True had overwritten with their gradient have been modified by"
                 " an inplace operation since"
@@ -888,17 +897,7 @@ class _OverwritingLoss(_Loss):
                 "inplace=True has overwritten the logits, which second derivatives with"
                 " lse_square_scale need"
             )
-        if grad_loss is None or grad_grad is not None or torch.is_grad_enabled() or _keeps_graph():
-            return _Loss.backward(ctx, grad_loss, grad_grad, _)
-        grad, target, _, unit, _ = ctx.saved_tensors
-        own = _is_plain(grad_loss) and grad.data_ptr() == ctx.logits.data_ptr()
-        if not own:  # as hooks of saved tensors gave it
-            return _Loss.backward(ctx, grad_loss, grad_grad, _)
-        options = ctx.options
-        scale = (unit, target, options.ignore_index, options.smoothed, options.reduction)
-        ctx.maybe_clear_saved_tensors()
-        ctx.logits = None
-        return _times(grad.detach(), grad_loss, *scale, own), None, None, None, None
+        return _Loss.backward(ctx, grad_loss, grad_grad, _)
 
 
 ops.register("cross_entropy_forward_backward", "Autograd", _op_autograd)

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import fastopt
 import fastopt.loss
@@ -367,6 +369,21 @@ def test_inplace_in_every_layout(layout: Callable[[Tensor], Tensor]) -> None:
     assert_all_close(grads(loss, [leaf], False), grads(right, [leaf], False))
 
 
+def test_inplace_of_a_sliced_vocabulary() -> None:
+    """Which is not dense: also for factors of rows, and for one that is not finite."""
+    wide = make_logits((9, 12)).requires_grad_()
+    target = make_target(make_logits(SHAPE))
+    weights = keywords_of(ALL, torch.Size([9]))["token_weight"]
+    for keywords in ({"reduction": "none"}, {"token_weight": weights}, {}):
+        for factor in (1.0, 2.0, math.inf, math.nan):
+            found = []
+            for inplace in (True, False):
+                logits = (wide * 1)[:, :7]
+                loss = fastopt.cross_entropy(logits, target, inplace=inplace, **keywords).sum()
+                found.append(torch.autograd.grad(loss, wide, torch.tensor(factor))[0])
+            torch.testing.assert_close(*found, equal_nan=True)
+
+
 def test_inplace_refuses_leaves() -> None:
     target = make_target(make_logits(SHAPE))
     leaf = make_logits(SHAPE).requires_grad_()
@@ -501,6 +518,93 @@ def test_inplace_under_hooks_of_saved_tensors() -> None:
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
         loss = 3 * fastopt.cross_entropy(leaf * 1, make_target(leaf), inplace=True)
     torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], right)
+
+
+def hooked(f: Callable[[Tensor], Any], x: Tensor) -> Any:
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        return f(x)
+
+
+def checkpointed(f: Callable[[Tensor], Any], x: Tensor) -> Any:
+    return checkpoint(f, x, use_reentrant=False)
+
+
+OF_HOOKS = [
+    *(("softcap",), ("logit_scale",), ("token_weight",), ("denominator",), ("return_stats",)),
+    *(("inplace",), ("inplace", "token_weight"), ("inplace", "return_stats"), ALL),
+]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("run", [hooked, checkpointed], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("names", OF_HOOKS, ids="-".join)
+def test_saved_tensors_are_unpacked_once(
+    names: tuple[str, ...], run: Callable[[Callable[[Tensor], Any], Tensor], Any]
+) -> None:
+    """checkpoint lets nobody unpack them a second time."""
+    call, (x, *parameters) = leaves_of(make_call(SHAPES[4], torch.float64, ignored=0.3))
+    keywords = keywords_of(names, call["target"].shape)
+    w, b = call["linear_weight"], call["linear_bias"]
+
+    def loss(x: Tensor) -> Tensor:
+        logits = F.linear(x, w, b)
+        inplace = {"inplace": True} if "inplace" in names else {}
+        return result_of(
+            fastopt.cross_entropy(logits, call["target"], **keywords, **inplace)
+        ) + result_of(fastopt.linear_cross_entropy(**{**call, "input": x}, **keywords))
+
+    leaves = [x, *parameters]
+    for factor in (1.0, 3.0):
+        found = torch.autograd.grad(factor * run(loss, x), leaves)
+        right = torch.autograd.grad(
+            factor * 2 * composed(F.linear(x, w, b), call["target"], **keywords), leaves
+        )
+        assert_all_close([*found], [*right])
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("run", [hooked, checkpointed], ids=lambda run: run.__name__)
+def test_logprobs_are_unpacked_once(run: Callable[..., Any]) -> None:
+    call, leaves = leaves_of(make_call(SHAPES[4], torch.float64, ignored=0.3))
+
+    def both(x: Tensor) -> Tensor:
+        found = fastopt.linear_logprobs(
+            *(x, call["linear_weight"], call["target"]),
+            linear_bias=call["linear_bias"],
+            entropy=True,
+        )
+        return (found.logprobs + found.entropy).sum()
+
+    found = torch.autograd.grad(run(both, leaves[0]), leaves)
+    right = torch.autograd.grad(both(leaves[0]), leaves)
+    assert_all_close([*found], [*right])
+
+
+@pytest.mark.parametrize("name", ["softcap", "logit_scale", "inplace"])
+def test_no_logits_are_held(name: str) -> None:
+    """Beyond what autograd has saved: neither where checkpoint took that away, nor after backward."""
+    x, target = make_logits(SHAPE).requires_grad_(), make_target(make_logits(SHAPE))
+    logits: list[StorageWeakRef] = []
+    overwriting = fastopt.loss._OverwritingLoss.forward
+
+    def forward(ctx: Any, x: Tensor, *others: Any) -> Any:
+        logits.append(StorageWeakRef(x.untyped_storage()))
+        return overwriting(ctx, x, *others)
+
+    def loss(x: Tensor) -> Tensor:
+        found: Tensor = fastopt.cross_entropy(x * 1, target, **{name: OF_MODULES.get(name, True)})
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastopt.loss._OverwritingLoss, "forward", forward)
+        direct = loss(x)
+        assert not logits[0].expired()
+        direct.backward()
+        assert logits[0].expired()
+        later = checkpointed(loss, x)
+        assert logits[1].expired()
+        later.backward()
+        assert logits[2].expired() and len(logits) == 3
 
 
 def test_the_ops_in_both_definitions() -> None:
