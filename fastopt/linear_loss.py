@@ -314,6 +314,7 @@ def linear_cross_entropy(
         softcap is not None
         or type(lse_square_scale) is not float
         or lse_square_scale != 0.0
+        or type(logit_scale) is not float
         or logit_scale != 1.0
         or token_weight is not None
         or denominator is not None

@@ -159,7 +159,7 @@ def composed(
     of_rows = options._replace(reduction=NONE, loss_dtype=exact)
     result = reference.cross_entropy(logits, target, weight, of_rows)
     if factor is not None:
-        result = (result * factor).sum(dtype=torch.float64)
+        result = torch.where(live, result * factor, 0).sum(dtype=torch.float64)
     entropy = torch.where(live, statistics.entropy(logits, 1), 0)
     return result.to(options.loss_dtype), entropy
 

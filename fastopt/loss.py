@@ -150,6 +150,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ) -> Tensor:
         if (
             self.softcap is not None
+            or type(self.logit_scale) is not float
             or self.logit_scale != 1.0
             or self.loss_dtype is not None
             or self.return_stats
@@ -282,6 +283,7 @@ def cross_entropy(
         lse_square_scale = extras.real("lse_square_scale", lse_square_scale)
     if (
         softcap is not None
+        or type(logit_scale) is not float
         or logit_scale != 1.0
         or token_weight is not None
         or denominator is not None
@@ -392,7 +394,7 @@ def _with_extras(
         loss = reference.cross_entropy(logits, target, weight, options)
     elif (
         inplace or (logits is not input and lse_square_scale == 0.0)  # ours alone
-    ) and _can_be_overwritten(logits):
+    ) and _can_be_overwritten(logits, target, weight, e.token_weight, e.denominator):
         loss = _overwriting(logits, target, weight, options)
     else:
         loss = _cross_entropy(logits, target, weight, tuple(options))
@@ -621,6 +623,7 @@ def _kept_memory(logits: Tensor) -> Tensor | None:
 
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_alias_of = getattr(torch._C, "_is_alias_of", lambda a, b: True)
 _uses = getattr(torch._C, "_storage_Use_Count", lambda storage: math.inf)
 _is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
 _keeps_graph = getattr(
@@ -837,7 +840,8 @@ def _refuse_leaves(logits: Any) -> None:
             )
 
 
-def _can_be_overwritten(logits: Tensor) -> bool:
+def _can_be_overwritten(logits: Tensor, *others: Any) -> bool:
+    """others: what is read afterwards, too."""
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
@@ -846,6 +850,7 @@ def _can_be_overwritten(logits: Tensor) -> bool:
         and _is_plain(logits)
         and layouts.has_no_overlap(logits)
         and layouts.positions_are_even(logits)
+        and not any(isinstance(x, Tensor) and _is_alias_of(logits, x) for x in others)
     )
 
 

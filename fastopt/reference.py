@@ -199,7 +199,8 @@ def linear_cross_entropy_rows(
             each = cross_entropy(
                 logits, target, weight, options._replace(reduction=NONE, loss_dtype=exact)
             )
-            loss = (each * grad_loss).sum(dtype=torch.float64).to(options.loss_dtype)
+            each = torch.where(live, each * grad_loss, 0)
+            loss = each.sum(dtype=torch.float64).to(options.loss_dtype)
         upstream = torch.where(live, grad_loss.to(exact), 0)
         grad = grad * (upstream + (upstream - upstream)).unsqueeze(1)
     if grad_entropy is not None:

@@ -246,6 +246,30 @@ def test_ignored_rows_are_not_read() -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_a_denominator_of_0() -> None:
+    """Is inf, also where rows are ignored: they are multiplied by nothing."""
+    call, leaves = leaves_of(make_call(SHAPES[4], ignored=0.4))
+    for weights in ({}, {"token_weight": torch.ones(len(call["target"]))}):
+        keywords = {"denominator": 0, **weights}
+        x = F.linear(call["input"], call["linear_weight"], call["linear_bias"])
+        assert fastopt.cross_entropy(x, call["target"], **keywords) == math.inf
+        loss = fastopt.linear_cross_entropy(**call, **keywords)
+        assert loss == math.inf
+        assert not torch.autograd.grad(loss, leaves)[0][call["target"] == -100].any()
+    ours = arguments(dtype=torch.float64, ignored=0.4)
+    wants = [ours.pop(name) for name in ("wants_input", "wants_weight", "wants_bias")]
+    factor = torch.full((len(ours["target"]),), math.inf, dtype=torch.float64)
+    ours.update(grad_loss=factor, grad_entropy=None, reduction=2)
+    of_op = (*(ours[name] for name in OF_OP), ours["dtype"], ours["accumulate"], 8)
+    of_op = (*of_op, 1.0, 0.0, False, *wants)
+    for op in (ops.linear_cross_entropy_rows, reference.linear_cross_entropy_rows):
+        op = (
+            op if op is ops.linear_cross_entropy_rows else ops.flat("linear_cross_entropy_rows", op)
+        )
+        assert op(*of_op)[0] == math.inf
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_ignored_rows_of_linear_are_absent() -> None:
     call = make_call(SHAPES[4], ignored=0.4)
     call["input"][call["target"] == -100] = math.nan
@@ -382,6 +406,25 @@ def test_inplace_of_a_sliced_vocabulary() -> None:
                 loss = fastopt.cross_entropy(logits, target, inplace=inplace, **keywords).sum()
                 found.append(torch.autograd.grad(loss, wide, torch.tensor(factor))[0])
             torch.testing.assert_close(*found, equal_nan=True)
+
+
+def test_inplace_keeps_what_shares_the_logits_memory() -> None:
+    wide = make_logits((9, 8)).abs().requires_grad_()
+    target = make_target(make_logits(SHAPE))
+    for of_wide in (
+        lambda x: {"token_weight": x[:, 7].detach()},
+        lambda x: {"token_weight": x[:, 0].detach()},
+        lambda x: {"denominator": x[3, 2].detach()},
+        lambda x: {"weight": x[4, :7].detach()},
+        lambda x: {"target": x[:, :7].detach()},
+    ):
+        found = []
+        for inplace in (True, False):
+            logits = wide * 1
+            call = {"target": target, **of_wide(logits)}
+            loss = fastopt.cross_entropy(logits[:, :7], inplace=inplace, **call)
+            found.append([loss, *grads(loss, [wide], False)])
+        assert_all_close(*found)
 
 
 def test_inplace_refuses_leaves() -> None:
@@ -733,6 +776,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
     *(({name: "1"}, TypeError) for name in ("softcap", "logit_scale", "denominator")),
     ({"lse_square_scale": "1", "softcap": 1.0}, TypeError),
     ({"logit_scale": None}, TypeError),
+    ({"logit_scale": torch.tensor(1.0)}, TypeError),
+    ({"logit_scale": torch.nn.Parameter(torch.ones(()))}, TypeError),
     ({"softcap": torch.tensor(1.0)}, TypeError),
     ({"token_weight": 2.0}, TypeError),
     ({"token_weight": ONES[1:]}, ValueError),
@@ -763,6 +808,18 @@ def test_errors(keywords: dict[str, Any], error: type[Exception]) -> None:
         fastopt.cross_entropy(logits, target, **keywords)
     with pytest.raises(error):
         fastopt.linear_cross_entropy(logits, torch.ones(7, 7), target, **keywords)
+
+
+@pytest.mark.stock
+def test_modules_refuse_a_learned_scale() -> None:
+    scale = torch.ones((), requires_grad=True)
+    logits, target = make_logits(SHAPE), make_target(make_logits(SHAPE))
+    for module in (fastopt.CrossEntropyLoss(), fastopt.LinearCrossEntropyLoss(7, 7)):
+        module.logit_scale = 1
+        module(logits, target)
+        module.logit_scale = scale
+        with pytest.raises(TypeError, match="logit_scale"):
+            module(logits, target)
 
 
 @pytest.mark.stock

@@ -152,7 +152,9 @@ def linear_cross_entropy_rows(
     loss = losses
     if options.reduction != NONE:
         if grad_loss is not None:
-            loss = losses * grad_loss.to(torch.float64)
+            # Rows that are ignored may have an infinite factor: no 0 * inf.
+            counted = slice(None) if live is None else live
+            loss = losses[counted] * grad_loss[counted].to(torch.float64)
         loss = loss.sum(dtype=torch.float64) / divisor
     return loss.to(options.loss_dtype), *grads, lse, entropy, predicted
 
