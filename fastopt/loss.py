@@ -267,7 +267,7 @@ def cross_entropy(
     dimension of the mesh, and the target lies as loss_parallel() asks for. Classes sharded, the logits
     are kept for backward, which cannot be differentiated again. The loss is replicated, shaped and placed
     like the target (reduction "none"), or Partial("sum") where rows are sharded, of a mean over all
-    rows. Labels out of range raise on every rank that shares the row's classes, and of a mean on all.
+    rows. What torch's loss has not, but for lse_square_scale, needs whole rows (NotImplementedError). Labels out of range raise on every rank that shares the row's classes, and of a mean on all.
 
     Differences from stock: half precision accumulates and counts in float32 and rounds once; rows that
     are ignored get gradient 0 even where their logits are NaN; the gradient has the strides of the
@@ -355,6 +355,8 @@ def _with_extras(
     extras.boolean("inplace", inplace)
     if inplace:
         _refuse_leaves(input)
+    if type(input).__name__ == "DTensor":
+        _refuse_sharded_classes(input)
     question = (input, target, weight, ignore_index, reduction, label_smoothing)
     served = _serves(*question)
     if not served:  # stock says what is wrong
@@ -423,6 +425,19 @@ def _of_ranks(logits: Any, *call: Any) -> Tensor | None:
 
 
 _OF_RANKS = ("DTensor", "AsyncCollectiveTensor")
+
+
+def _refuse_sharded_classes(logits: Any) -> None:
+    """Under loss_parallel() the log_softmax of such a DTensor, of which the composition is made, has
+    another gradient than its own."""
+    dim = layouts.class_dim(logits.shape)
+    for placement in logits.placements:
+        sharded = getattr(placement, "dim", None)
+        if sharded is not None and sharded % logits.dim() == dim:
+            raise NotImplementedError(
+                "logits whose classes are sharded take lse_square_scale only: softcap, logit_scale,"
+                " token_weight, denominator, loss_dtype, return_stats and inplace need whole rows"
+            )
 
 
 def _by_torch(*call: Any) -> Tensor:  # reports.py replaces this, as it does _cross_entropy

@@ -358,6 +358,38 @@ def check_dtensor_probabilities_and_half() -> None:
         assert abs(fastopt.cross_entropy(x, t).full_tensor().item() - 603.6) < 1
 
 
+def check_extras_of_dtensors() -> None:
+    """Of whole rows they are composed; of sharded classes refused, under loss_parallel() or not."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    logits, target = torch.randn(ROWS, C, dtype=torch.float64), labels()
+    dist.broadcast(logits, 0)
+    for extra in ({"softcap": 2.0}, {"denominator": 5}, {"token_weight": torch.rand(ROWS)}):
+        if "token_weight" in extra:
+            dist.broadcast(extra["token_weight"], 0)
+        x = logits.clone().requires_grad_()
+        right = fastopt.cross_entropy(x, target, **extra)
+        right.backward()
+        for placement in (Replicate(), Shard(0), Shard(1)):
+            given = dict(extra)
+            t = distribute_tensor(target, mesh, [Replicate()])
+            if "token_weight" in extra:
+                given["token_weight"] = distribute_tensor(
+                    extra["token_weight"], mesh, [Replicate()]
+                )
+            y = distribute_tensor(logits, mesh, [placement]).requires_grad_()
+            if placement == Shard(1):
+                with loss_parallel():
+                    error = class_or_value(
+                        lambda y=y, t=t, k=given: fastopt.cross_entropy(y, t, **k)
+                    )
+                assert error is NotImplementedError, error
+                continue
+            loss = fastopt.cross_entropy(y, t, **given)
+            loss.full_tensor().backward()
+            torch.testing.assert_close(loss.full_tensor(), right)
+            torch.testing.assert_close(y.grad.full_tensor(), x.grad)
+
+
 def check_reports() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     target = distribute_tensor(labels(ignored=0.0), mesh, [Replicate()])
