@@ -109,7 +109,7 @@ class Results:
 
     @property
     def slug(self) -> str:
-        """The kind of machine, as a folder name: cpu-amd-epyc-2c, gpu-nvidia-h200-triton."""
+        """The kind of machine, as a folder name: cpu-amd-epyc-2c-avx2, gpu-nvidia-h200-triton."""
         if "gpu" in self.machine:
             gpu = re.findall(r"[a-z0-9]+", self.machine["gpu"].lower())
             return "-".join(["gpu", *gpu, str(self.machine["kernels"])])
@@ -117,7 +117,8 @@ class Results:
             r"\((R|TM)\)|@.*|\bCPU\b|\d+-Core Processor|Processor", "", self.machine["cpu"]
         )
         words = re.findall(r"[a-z0-9]+", name.lower())
-        return "-".join(["cpu", *words, f"{self.machine['cores']}c"])
+        level = self.machine["torch_simd"].lower()
+        return "-".join(["cpu", *words, f"{self.machine['cores']}c", level])
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -535,6 +536,8 @@ def main() -> None:
     options = parser.parse_args()
 
     raw, *more = (slim(json.loads(path.read_text())) for path in options.json)
+    commands = [each["machine_info"]["command"] for each in (raw, *more)]
+    raw["machine_info"]["command"] = "; ".join(dict.fromkeys(commands))
     for other in more:
         raw["benchmarks"] += other["benchmarks"]
     results = Results(raw)
