@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from fastopt import layouts, linear_loss, loss, reference
+from fastopt import layouts, linear_loss, loss, reference, statistics
 from fastopt.options import MEAN, NONE, REDUCTIONS, SUM, Options
 
 __all__ = ["count", "cross_entropy", "linear_cross_entropy"]
@@ -81,9 +81,7 @@ def cross_entropy(
     _check(logits, target, weight, ignore_index, reduction, label_smoothing)
     own = logits.shape[layouts.class_dim(logits.shape)]
     classes = _classes(own, group, num_classes, class_start)
-    dtype = loss._loss_dtype(logits)
-    if target.is_floating_point():
-        dtype = torch.promote_types(dtype, loss._loss_dtype(target))
+    dtype = loss._served_dtype(logits, target)
     options = Options(
         ignore_index, float(label_smoothing), REDUCTIONS[reduction], dtype, float(lse_square_scale)
     )
@@ -206,7 +204,7 @@ class _Masses:
         options: Options,
         of: _Classes,
     ) -> None:
-        self.exact = torch.float64 if dtype is torch.float64 else torch.float32
+        self.exact = statistics.accumulation_type(dtype)
         self.labels = None if target.is_floating_point() else target
         self.probabilities = None if self.labels is not None else target
         self.weight = None if weight is None else weight.to(self.exact)
@@ -491,9 +489,7 @@ def linear_cross_entropy(
     logits = input.new_empty((), dtype=dtype).expand(input.shape[0], own)  # their shape, no memory
     _check(logits, target, weight, ignore_index, reduction, label_smoothing)
     of = _classes(own, group, num_classes, class_start)
-    of_loss = loss._loss_dtype(logits)
-    if target.is_floating_point():
-        of_loss = torch.promote_types(of_loss, loss._loss_dtype(target))
+    of_loss = loss._served_dtype(logits, target)
     options = Options(
         *(ignore_index, float(label_smoothing), REDUCTIONS[reduction], of_loss),
         float(lse_square_scale),
@@ -707,7 +703,7 @@ def _of_rows(
         if logits.is_cpu and of_all[1] != 0:
             raise IndexError("Target is out of bounds.")
         divisor = of_all[0]
-        exact = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        exact = statistics.accumulation_type(logits.dtype)
         options, dtype = options._replace(reduction=SUM, loss_dtype=exact), options.loss_dtype
     names = {value: name for name, value in REDUCTIONS.items()}
     question = (options.ignore_index, names[options.reduction], options.label_smoothing)
@@ -770,9 +766,7 @@ def _placed(logits: Any, target: Any, weight: Any) -> _Placed | None:
     local = [_waited(x.to_local() if type(x) is DTensor else x) for x in (target, weight)]
     if any(x is not None and type(x) not in loss._TENSOR_TYPES for x in local):
         return None
-    dtype = loss._loss_dtype(logits)
-    if not labels:
-        dtype = torch.promote_types(dtype, loss._loss_dtype(target))
+    dtype = loss._served_dtype(logits, target)
     if weight is not None and loss._loss_dtype(weight) != loss._loss_dtype(logits):
         return None
     return _Placed(logits, local[0], local[1], tuple(class_dims), row_placements, dtype)

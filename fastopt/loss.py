@@ -267,7 +267,8 @@ def cross_entropy(
     dimension of the mesh, and the target lies as loss_parallel() asks for. Classes sharded, the logits
     are kept for backward, which cannot be differentiated again. The loss is replicated, shaped and placed
     like the target (reduction "none"), or Partial("sum") where rows are sharded, of a mean over all
-    rows. What torch's loss has not, but for lse_square_scale, needs whole rows (NotImplementedError). Labels out of range raise on every rank that shares the row's classes, and of a mean on all.
+    rows. What torch's loss has not, but for lse_square_scale, needs whole rows (NotImplementedError).
+    Labels out of range raise on every rank that shares the row's classes, and of a mean on all.
 
     Differences from stock: half precision accumulates and counts in float32 and rounds once; rows that
     are ignored get gradient 0 even where their logits are NaN; the gradient has the strides of the
@@ -323,9 +324,7 @@ def cross_entropy(
             return loss
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    dtype = _loss_dtype(input) if served else loss.dtype
-    if served and target.dtype is not torch.int64:
-        dtype = torch.promote_types(dtype, _loss_dtype(target))
+    dtype = _served_dtype(input, target) if served else loss.dtype
     # Options, as a plain tuple: names would cost 0.5 us.
     options = (ignore_index, label_smoothing, REDUCTIONS[reduction], dtype, lse_square_scale)
     if not served:
@@ -738,7 +737,7 @@ def _times(
             if not own:
                 return grad * value
             return grad if value == 1 else grad.mul_(value)
-    factor = grad_loss.to(torch.float64 if grad.dtype is torch.float64 else torch.float32)
+    factor = grad_loss.to(statistics.accumulation_type(grad.dtype))
     if unit is not None:
         factor = factor * unit
     # Logits that inplace had overwritten may be part of something wider, which scale does not take.
@@ -766,7 +765,7 @@ def _differentiable(
     that of g.
     """
     dim = layouts.class_dim(grad.shape)
-    g = grad.to(torch.float64 if grad.dtype is torch.float64 else torch.float32)
+    g = grad.to(statistics.accumulation_type(grad.dtype))
     if unit is not None:
         # The derivative of g, not of grad: float16 could not hold that, a unit smaller. Only this
         # function and backward below know the output, so that it is a matter between them.

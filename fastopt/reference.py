@@ -31,7 +31,7 @@ class _Problem(NamedTuple):
 def _problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> _Problem:
     dim = layouts.class_dim(logits.shape)
     classes = logits.shape[dim]
-    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    x = logits.to(statistics.accumulation_type(logits.dtype))
     ignore_index, smoothing = options.ignore_index, options.smoothing
     uniform = smoothing / max(classes, 1)
     w = layouts.along_classes(weight, x).to(x.dtype)
@@ -103,6 +103,16 @@ def allocating(out: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
     return forward_backward
 
 
+def without_extras(of_rows: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """linear_cross_entropy of a back end, from its linear_cross_entropy_rows."""
+
+    def linear_cross_entropy(*call: Any) -> tuple[Tensor, ...]:
+        tensors, plan, wants = call[:6], call[6:10], call[10:]
+        return of_rows(*tensors, None, *plan, 1.0, 0.0, False, *wants)[:4]
+
+    return linear_cross_entropy
+
+
 def cross_entropy_forward_backward_out(
     logits: Tensor,
     target: Tensor,
@@ -139,24 +149,6 @@ def cross_entropy_forward_backward_out(
 cross_entropy_forward_backward = allocating(cross_entropy_forward_backward_out)
 
 
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    grad_loss: Tensor | None,
-    options: Options,
-    dtype: torch.dtype,
-    accumulate: torch.dtype,
-    rows: int,
-    *wants: bool,
-) -> tuple[Tensor, ...]:
-    of_rows = (1.0, 0.0, False)
-    call = (input, linear_weight, linear_bias, target, weight, grad_loss, None, options)
-    return linear_cross_entropy_rows(*call, dtype, accumulate, rows, *of_rows, *wants)[:4]
-
-
 def linear_cross_entropy_rows(
     input: Tensor,  # (N, H)
     linear_weight: Tensor,  # (C, H)
@@ -176,7 +168,7 @@ def linear_cross_entropy_rows(
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, ...]:
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    exact = statistics.accumulation_type(dtype)
     x, w = input.to(dtype).to(exact), linear_weight.to(dtype).to(exact)
     b = None if linear_bias is None else linear_bias.to(dtype).to(exact)
     if target.is_floating_point():
@@ -217,6 +209,9 @@ def linear_cross_entropy_rows(
             grad.sum(0) if wants_bias else w.new_empty(0),
             *_where_live(found, live, stats),
         )
+
+
+linear_cross_entropy = without_extras(linear_cross_entropy_rows)
 
 
 def _where_live(found: statistics.Statistics, live: Tensor, stats: bool) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ import platform
 import torch
 from torch import Tensor
 
-from fastopt import ops, statistics
+from fastopt import ops, reference, statistics
 from fastopt.options import MEAN, NONE, Options
 
 # Of 4096 x 256 x 32000 float32, seconds of one thread for forward and backward, with a row op that
@@ -34,24 +34,6 @@ from fastopt.options import MEAN, NONE, Options
 ROWS = 512
 # Classes of W that are converted at a time: with H = 256 4 MB in float32.
 SLICE = 4096
-
-
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    grad_loss: Tensor | None,
-    options: Options,
-    dtype: torch.dtype,
-    accumulate: torch.dtype,
-    rows: int,
-    *wants: bool,
-) -> tuple[Tensor, ...]:
-    of_rows = (1.0, 0.0, False)
-    call = (input, linear_weight, linear_bias, target, weight, grad_loss, None, options)
-    return linear_cross_entropy_rows(*call, dtype, accumulate, rows, *of_rows, *wants)[:4]
 
 
 def linear_cross_entropy_rows(
@@ -157,6 +139,9 @@ def linear_cross_entropy_rows(
             loss = losses[counted] * grad_loss[counted].to(torch.float64)
         loss = loss.sum(dtype=torch.float64) / divisor
     return loss.to(options.loss_dtype), *grads, lse, entropy, predicted
+
+
+linear_cross_entropy = reference.without_extras(linear_cross_entropy_rows)
 
 
 def _with_extras(
