@@ -440,11 +440,8 @@ def _rows_with_extras(
 ) -> Any:
     dtype = _logits_dtype(input, linear_weight, linear_bias)
     assert dtype is not None  # as _serves knows
-    loss_dtype, exact = e.loss_dtype, statistics.accumulation_type(dtype)
-    if loss_dtype is None:
-        loss_dtype = _loss_dtype(dtype)
-        if target.dtype is not torch.int64:
-            loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target.dtype))
+    exact = statistics.accumulation_type(dtype)
+    loss_dtype = e.loss_dtype or _served_dtype(dtype, target)
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()
     asked = REDUCTIONS["none" if reduction == "none" else "sum"]
@@ -637,6 +634,13 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF and torch.is_autocast_enabled("cpu") else dtype
 
 
+def _served_dtype(dtype: torch.dtype, target: Tensor) -> torch.dtype:
+    """Of the loss of logits in this dtype."""
+    if target.dtype is torch.int64:
+        return _loss_dtype(dtype)
+    return torch.promote_types(_loss_dtype(dtype), _loss_dtype(target.dtype))
+
+
 def _serves_options(options: Any, dtype: torch.dtype) -> bool:
     """Whether these are torch's, and ask for nothing that torch may refuse: two chunk sizes, sums in
     other types."""
@@ -680,9 +684,7 @@ def _linear_cross_entropy(
 ) -> Tensor:
     dtype = _logits_dtype(input, linear_weight, linear_bias)
     assert dtype is not None  # as _serves knows
-    loss_dtype = _loss_dtype(dtype)
-    if target.dtype is not torch.int64:
-        loss_dtype = torch.promote_types(loss_dtype, _loss_dtype(target.dtype))
+    loss_dtype = _served_dtype(dtype, target)
     if weight is not None and weight.dtype in _HALF:
         weight = weight.float()
     accumulate = _accumulate(options, dtype)
@@ -765,26 +767,10 @@ class _LinearLoss(torch.autograd.Function):
             )
             grads = [g.to(d) if w else None for g, d, w in zip(grads, dtypes, wants, strict=True)]
             return *grads, *(None,) * 6
-        labels = target if target.dtype is torch.int64 else None
-        plain = loss._is_plain(grad_loss)
-        if plain:
-            grads = [grad.detach() for grad in grads]
-            del input, linear_weight, linear_bias, parameters
-            ctx.maybe_clear_saved_tensors()  # unless the graph is kept
-            if not loss._keeps_graph():
-                ctx.others = None
-        result: list[Tensor | None] = [None] * 3
-        for i, rows_of in enumerate((labels, None, None)):  # only the input's gradient has rows
-            if wants[i]:
-                scale = (grads[i], grad_loss, rows_of, options.ignore_index, dtypes[i])
-                if plain:
-                    # As in loss.py: whoever alone holds the memory may write to it.
-                    result[i] = linear_rows.times(
-                        *scale, own=loss._uses(grads[i].untyped_storage()._cdata) <= 2
-                    )
-                else:
-                    result[i] = ops.linear_cross_entropy_times(*scale)
-        return *result, *(None,) * 6
+        del input, linear_weight, linear_bias, parameters
+        if not loss._keeps_graph():
+            ctx.others = None
+        return *linear_rows.multiplied(ctx, grads, grad_loss, target, dtypes), *(None,) * 6
 
 
 def _version(x: Tensor) -> int | None:

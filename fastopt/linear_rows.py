@@ -95,24 +95,8 @@ class _LinearRows(torch.autograd.Function):
             )
             grads = [g.to(d) if w else None for g, d, w in zip(grads, dtypes, wants, strict=True)]
             return *grads, *(None,) * 5
-        labels = target if target.dtype is torch.int64 else None
-        plain = loss._is_plain(grad_loss)
-        if plain:
-            grads = [grad.detach() for grad in grads]
-            del input, linear_weight, linear_bias, parameters
-            ctx.maybe_clear_saved_tensors()  # unless the graph is kept
-        result: list[Tensor | None] = [None] * 3
-        for i, rows_of in enumerate((labels, None, None)):  # only the input's gradient has rows
-            if not wants[i]:
-                continue
-            scale = (grads[i], grad_loss, rows_of, options.ignore_index, dtypes[i])
-            if plain:
-                # As in loss.py: whoever alone holds the memory may write to it.
-                own = loss._uses(grads[i].untyped_storage()._cdata) <= 2
-                result[i] = times(*scale, own)
-            else:
-                result[i] = ops.linear_cross_entropy_times(*scale)
-        return *result, *(None,) * 5
+        del input, linear_weight, linear_bias, parameters
+        return *multiplied(ctx, grads, grad_loss, target, dtypes), *(None,) * 5
 
 
 def _differentiable(
@@ -162,6 +146,34 @@ def composed(
         result = torch.where(live, result * factor, 0).sum(dtype=torch.float64)
     entropy = torch.where(live, statistics.entropy(logits, 1), 0)
     return result.to(options.loss_dtype), entropy
+
+
+def multiplied(
+    ctx: Any,
+    grads: list[Tensor],  # as they were saved: emptied of them
+    grad_loss: Tensor,
+    target: Tensor,
+    dtypes: list[Any],  # of input, linear_weight, linear_bias
+) -> list[Tensor | None]:
+    """What a backward returns for these three where forward has computed their gradients. Of what else
+    was saved its caller holds nothing that is large."""
+    plain = loss._is_plain(grad_loss)
+    if plain:
+        grads[:] = [grad.detach() for grad in grads]
+        ctx.maybe_clear_saved_tensors()  # unless the graph is kept
+    labels = target if target.dtype is torch.int64 else None
+    result: list[Tensor | None] = [None] * 3
+    for i, rows_of in enumerate((labels, None, None)):  # only the input's gradient has rows
+        if not ctx.needs_input_grad[i]:
+            continue
+        scale = (grads[i], grad_loss, rows_of, ctx.options.ignore_index, dtypes[i])
+        if plain:
+            # As in loss.py: whoever alone holds the memory may write to it.
+            own = loss._uses(grads[i].untyped_storage()._cdata) <= 2
+            result[i] = times(*scale, own)
+        else:
+            result[i] = ops.linear_cross_entropy_times(*scale)
+    return result
 
 
 def times(

@@ -39,37 +39,11 @@ from cross_entropy_kernels import (
     each_kernel,
     these_kernels_answer,  # noqa: F401
 )
+from extras_cases import composed
 from fastopt import ops, reference
 from fastopt.options import MEAN, NONE, SUM, Options
 
 SCALE = 0.03125
-
-
-def composed(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    lse_square_scale: float = 0.0,
-) -> Tensor:
-    """The definition: each row's loss, what it has more, and the sum of both over the mean's own
-    divisor."""
-    rows = F.cross_entropy(
-        logits, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )  # fmt: skip
-    z_loss = lse_square_scale * logits.logsumexp(class_dim(logits)).square()
-    divisor: Tensor | int = rows.numel()
-    if not target.is_floating_point():
-        live = target != ignore_index
-        z_loss = torch.where(live, z_loss, 0)
-        w = logits.new_ones(logits.shape[class_dim(logits)]) if weight is None else weight
-        divisor = torch.where(live, w[torch.where(live, target, 0)], 0).sum()
-    rows = rows + z_loss
-    if reduction == "none":
-        return rows
-    return rows.sum() / divisor if reduction == "mean" else rows.sum()
 
 
 def check(logits: Tensor, target: Tensor, ours: bool = True, **keywords: object) -> None:

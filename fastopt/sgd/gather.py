@@ -145,28 +145,21 @@ if LAYOUT is not None:
     _grads.restype = _momentum_buffers.restype = ctypes.py_object
     _PYTHON = ctypes.addressof(_python)
 
-_get_grad = attrgetter("grad")
-
-
-def grads_of(params: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of each parameter, None where there is none. Raises what reading one raises."""
-    if LAYOUT is None:
-        return tuple(map(_get_grad, params))
-    return _grads(_PYTHON, id(params) + _ITEMS, len(params))
-
 
 def attributes_of(name: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """What gets this attribute of each object, as grads_of gets theirs."""
+    """What gets this attribute of each object of a tuple, and raises what reading one raises."""
     get = attrgetter(name)
     if LAYOUT is None:
         return lambda objects: tuple(map(get, objects))
     python = SgdPython.from_buffer_copy(_python)
     python.grad = id(name)
+    _alive.append((python, name))
+    address = ctypes.addressof(python)
+    return lambda objects: _grads(address, id(objects) + _ITEMS, len(objects))
 
-    def attributes(objects: tuple[Any, ...], named: Any = (python, name)) -> tuple[Any, ...]:
-        return _grads(ctypes.addressof(named[0]), id(objects) + _ITEMS, len(objects))
 
-    return attributes
+_alive: list[Any] = []  # what C++ is told the addresses of
+grads_of = attributes_of("grad")  # None where a parameter has none
 
 
 _NO_STATE: dict[str, Any] = {}
